@@ -1,0 +1,10 @@
+from deq_fusion_jax.diagnostics import jacobian_penalty as jacobian_penalty
+from deq_fusion_jax.diagnostics import spectral_radius as spectral_radius
+from deq_fusion_jax.fixed_point import deq_fixed_point as deq_fixed_point
+from deq_fusion_jax.gradients import Implicit as Implicit
+from deq_fusion_jax.gradients import Phantom as Phantom
+from deq_fusion_jax.gradients import Unrolled as Unrolled
+from deq_fusion_jax.solvers import Anderson as Anderson
+from deq_fusion_jax.solvers import Broyden as Broyden
+from deq_fusion_jax.solvers import Picard as Picard
+from deq_fusion_jax.stats import SolveStats as SolveStats

@@ -1,0 +1,98 @@
+"""`deq_fixed_point`: z* = f(z*, *args) as a differentiable function of args."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from deq_fusion_jax.gradients import GradientRule, Implicit
+from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
+from deq_fusion_jax.state import PyTree, check_state, describe
+from deq_fusion_jax.stats import SolveStats
+
+
+def deq_fixed_point(
+    f: Map,
+    z0: PyTree,
+    *args: PyTree,
+    solver: Solver = Anderson(tol=1e-4, max_steps=50),
+    gradient: GradientRule = Implicit(),
+) -> tuple[PyTree, SolveStats]:
+    """Solves z* = f(z*, *args) for every sample of a batch, and differentiates z* implicitly.
+
+    A sample is done when ‖f(z) − z‖ / ‖f(z)‖ ≤ solver.tol over its whole state. It then stays
+    as it is, so a sample gets the same answer alone and in any batch, as long as f itself treats
+    the samples independently. A sample that does not get there returns its best finite iterate
+    and has `stats.converged` False.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from deq_fusion_jax import deq_fixed_point
+        >>> def f(z, a):
+        ...     return jnp.cos(a * z)
+        >>> a = jnp.array([[1.0], [0.5]])
+        >>> z_star, stats = deq_fixed_point(f, jnp.zeros((2, 1)), a)
+        >>> z_star.round(3).tolist(), stats.converged.tolist()
+        ([[0.7390000224113464], [0.8999999761581421]], [True, True])
+
+    Args:
+      f: the map (z, *args) → z. It may close over traced values, and they get their gradients;
+        it must not change them. Traced once.
+      z0: where the iteration starts: a pytree of real floating-point arrays [B, …]. Its gradient
+        is zero, since z* does not depend on it. Give the last solution for a warm start.
+      *args: pytrees of arrays, passed on to f. Differentiated in reverse mode, any number of
+        times. Forward mode raises JAX's own TypeError for a custom_vjp function.
+      solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects.
+      gradient: `Implicit`, `Phantom` or `Unrolled`.
+
+    Returns:
+      z_star: like z0.
+      stats: `SolveStats`, per sample and without gradient.
+
+    Raises:
+      ValueError: z0 is not a batch of floating-point arrays, f(z0) differs from z0 in structure,
+        shape or dtype, or solver.tol is below the dtype's resolution.
+      TypeError: solver is no solver.
+    """
+    z0 = jax.tree.map(jnp.asarray, z0)
+    check_state(z0)
+    # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
+    # where custom_vjp can see it.
+    closed, out = jax.make_jaxpr(f, return_shape=True)(z0, *args)
+    _check_same(z0, out)
+    jaxpr, treedef = closed.jaxpr, jax.tree.structure(z0)
+
+    def lifted(z: PyTree, args: tuple[PyTree, ...], consts: list[jax.Array]) -> PyTree:
+        leaves = jax.tree.leaves((z, *args))
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, consts, *leaves))
+
+    return _fixed_point(lifted, as_solver(solver), gradient, z0, args, closed.consts)
+
+
+def _check_same(z0: PyTree, out: PyTree) -> None:
+    same_structure = jax.tree.structure(z0) == jax.tree.structure(out)
+    signature = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    if not same_structure or signature(z0) != signature(out):
+        raise ValueError(
+            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}."
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fixed_point(f, solver, gradient, z0, *args):
+    return solver.solve(f, z0, *args)
+
+
+def _forward(f, solver, gradient, z0, *args):
+    # Through the rule above and not its body, so that this pass can be differentiated again.
+    z_star, stats = _fixed_point(f, solver, gradient, z0, *args)
+    return (z_star, stats), (z0, z_star, args)
+
+
+def _backward(f, solver, gradient, saved, cotangents):
+    z0, z_star, args = saved
+    g, _ = cotangents
+    args_bar = gradient.pullback(f, z0, z_star, args, g, deq_fixed_point, solver)
+    return jax.tree.map(jnp.zeros_like, z0), *args_bar
+
+
+_fixed_point.defvjp(_forward, _backward)

@@ -1,0 +1,429 @@
+"""Fixed-point solvers: frozen configurations that build jaxopt `IterativeSolver`s.
+
+Every solver here is per sample: a sample has its own residual, its own mixing and its own stop,
+and is frozen once it is done, so it gets the same answer alone and in any batch. The shared part
+(`_PerSample`: measure, keep the best, fall back, stop) is one jaxopt solver; Picard, Anderson and
+Broyden differ only in the next iterate they propose.
+
+This is the only file that imports jaxopt.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from deq_fusion_jax.state import PyTree, ravel, unraveler, working_dtype
+from deq_fusion_jax.stats import SolveStats
+
+with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
+    warnings.filterwarnings("ignore", message="JAXopt is no longer maintained")
+    import jaxopt
+    from jaxopt.base import IterativeSolver, OptStep
+
+Map = Callable[..., PyTree]
+
+
+class Solver(Protocol):
+    """What `deq_fixed_point` asks of a solver; hashable, so that it is static under jit."""
+
+    tol: float
+
+    def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]: ...
+
+
+# --- the part that all solvers share ---------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """State of `_PerSample`, one entry per sample b; jaxopt reads `iter_num` and `error`."""
+
+    iter_num: jax.Array  # [] evaluations so far
+    error: jax.Array  # [] the largest residual among unfinished samples, 0 when all are done
+    best: jax.Array  # [B, N] finite iterate of lowest residual
+    residual: jax.Array  # [B] its residual
+    steps: jax.Array  # [B] evaluations used
+    active: jax.Array  # [B] not finished yet
+    age: jax.Array  # [B] evaluations since the start or the last restart
+    memory: Any  # what the proposal remembers
+    trace: jax.Array | None  # [max_steps, B]
+
+
+@dataclass(eq=False)
+class _PerSample(IterativeSolver):
+    """jaxopt solver for z = f(z) on matrices [B, N], one independent problem per row."""
+
+    f: Callable[..., jax.Array]
+    config: "_Configured"
+    round: Callable[[jax.Array], jax.Array] = lambda z: z  # to what f's own dtype can hold
+
+    implicit_diff = False  # the gradient is fixed_point.py's business
+    jit = True
+    unroll = False
+    verbose = False
+
+    def __post_init__(self):
+        """Not jaxopt's, which would jit `update` a second time inside the loop."""
+
+    @property
+    def tol(self) -> float:
+        return self.config.tol
+
+    @property
+    def maxiter(self) -> int:
+        return self.config.max_steps
+
+    def init_state(self, z: jax.Array, *args: PyTree) -> _State:
+        batch = z.shape[0]
+        shape = (self.maxiter, batch)
+        return _State(
+            iter_num=jnp.zeros((), jnp.int32),
+            error=jnp.full((), jnp.inf, z.dtype),
+            best=z,
+            residual=jnp.full(batch, jnp.inf, z.dtype),
+            steps=jnp.zeros(batch, jnp.int32),
+            active=jnp.ones(batch, bool),
+            age=jnp.zeros(batch, jnp.int32),
+            memory=self.config.remember(z),
+            trace=jnp.full(shape, jnp.nan, z.dtype) if self.config.trace else None,
+        )
+
+    def update(self, z: jax.Array, state: _State, *args: PyTree) -> OptStep:
+        """One evaluation of f, and the next iterate of every unfinished sample."""
+        fz = self.f(z, *args)
+        residual = relative_residual(fz, z)
+        finite = jnp.isfinite(residual)
+        active = state.active
+
+        better = active & (residual < state.residual)
+        best = jnp.where(better[:, None], z, state.best)
+        lowest = jnp.where(better, residual, state.residual)
+        trace = state.trace
+        if trace is not None:
+            trace = trace.at[state.iter_num].set(jnp.where(active, residual, jnp.nan))
+
+        # NaN or overflow: once more from the best iterate, with an empty memory and a plain step.
+        # Where the plain step itself led here there is nothing left to try.
+        stuck = ~finite & (state.age <= 1)
+        unfinished = active & ~stuck & ~(residual <= self.tol)
+        age = jnp.where(finite, state.age + 1, 0)
+        memory, proposal = self.config.propose(state.memory, state.iter_num, age, z, fz)
+        plain = z + self.config.damping * (fz - z)
+        usable = jnp.all(jnp.isfinite(proposal), axis=1, keepdims=True)  # singular mixing: plain
+        proposal = jnp.where(finite[:, None], jnp.where(usable, proposal, plain), best)
+        z_next = jnp.where(unfinished[:, None], self.round(proposal), z)
+
+        return OptStep(
+            z_next,
+            _State(
+                iter_num=state.iter_num + 1,
+                error=jnp.max(jnp.where(unfinished, lowest, 0), initial=0),
+                best=best,
+                residual=lowest,
+                steps=state.steps + active,
+                active=unfinished,
+                age=age,
+                memory=memory,
+                trace=trace,
+            ),
+        )
+
+    def optimality_fun(self, z: jax.Array, *args: PyTree) -> jax.Array:
+        return self.f(z, *args) - z
+
+
+def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
+    """‖f(z) − z‖ / ‖f(z)‖ per row of [B, N] matrices; 0 where both norms are 0."""
+    tiny = jnp.finfo(z.dtype).tiny
+    return _norm(fz - z) / (_norm(fz) + tiny)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x * x, axis=1))
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """Options that every solver of this file has, and the solve itself.
+
+    Attributes:
+      tol: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a sample is done.
+      max_steps: the most evaluations of f a sample may use.
+      damping: β in (0, 1]; z ← z + β (f(z) − z) is the plain step.
+      trace: whether `SolveStats.trace` is recorded.
+    """
+
+    tol: float = 1e-4
+    max_steps: int = 50
+    damping: float = 1.0
+    trace: bool = False
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not self.tol > 0:
+            raise ValueError(f"{name}(tol={self.tol}): tol is a relative residual; give one > 0.")
+        if self.max_steps < 1:
+            raise ValueError(f"{name}(max_steps={self.max_steps}): at least 1 step is needed.")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"{name}(damping={self.damping}): expected a value in (0, 1].")
+
+    def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
+        """Solves z = f(z, *args) from z0, every leaf [B, …]. No gradient; see `deq_fixed_point`.
+
+        Raises:
+          ValueError: tol is below the resolution of the coarsest dtype of z0.
+        """
+        coarsest = max((jnp.finfo(x.dtype) for x in jax.tree.leaves(z0)), key=lambda i: i.eps)
+        if self.tol < coarsest.eps:
+            raise ValueError(
+                f"tol={self.tol} is below the resolution of {coarsest.dtype} "
+                f"({float(coarsest.eps):.1e}); raise tol or use a wider dtype for the state."
+            )
+        unravel = unraveler(z0)
+        mixed = any(x.dtype != working_dtype(z0) for x in jax.tree.leaves(z0))
+        solver = _PerSample(
+            f=lambda z, *args: ravel(f(unravel(z), *args)),
+            config=self,
+            round=(lambda z: ravel(unravel(z))) if mixed else (lambda z: z),
+        )
+        _, state = solver.run(ravel(z0), *args)
+        stats = SolveStats(state.steps, state.residual, state.residual <= self.tol, state.trace)
+        return unravel(state.best), stats
+
+    def remember(self, z: jax.Array) -> Any:
+        """The empty memory for a state like z [B, N]."""
+        raise NotImplementedError
+
+    def propose(self, memory, k, age, z, fz) -> tuple[Any, jax.Array]:
+        """The memory with evaluation k added, and the next iterate [B, N].
+
+        Args:
+          k: [] int, evaluations before this one, the same for all samples.
+          age: [B] int, how many of the last evaluations are valid, this one included; 0 where
+            f(z) is not finite, and then the proposal is not used.
+          z, fz: [B, N], the newest evaluation.
+        """
+        raise NotImplementedError
+
+
+# --- the solvers -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picard(_Configured):
+    """Picard iteration z ← (1 − β) z + β f(z): linear convergence at the spectral radius of f.
+
+    See `Anderson` for the shared options tol, max_steps, damping (β) and trace.
+    """
+
+    def remember(self, z: jax.Array) -> tuple[()]:
+        return ()
+
+    def propose(self, memory, k, age, z, fz):
+        return memory, z + self.damping * (fz - z)
+
+
+class _History(NamedTuple):
+    """The last m evaluations in a ring; slot k mod m holds evaluation k."""
+
+    residuals: jax.Array  # [m, B, N] r_j = f(z_j) − z_j
+    images: jax.Array  # [m, B, N] z_j + β r_j
+    gram: jax.Array  # [m, m, B] ⟨r_i, r_j⟩
+
+
+@dataclass(frozen=True)
+class Anderson(_Configured):
+    """Anderson acceleration (type II), one least-squares problem per sample and step.
+
+    z ← Σ_j α_j (z_j + β r_j) with r_j = f(z_j) − z_j over the last `history` iterates and
+    α = argmin ‖Σ_j α_j r_j‖² subject to Σ_j α_j = 1, that is α ∝ (D (C + λI) D)⁻¹ 1 with C the
+    correlation matrix of the residuals and D the diagonal matrix of their norms. The ridge λ is
+    relative, so that it means the same at the first step and at the last.
+
+    Attributes:
+      tol: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a sample is done.
+      max_steps: the most evaluations of f a sample may use.
+      damping: β in (0, 1].
+      trace: whether `SolveStats.trace` is recorded.
+      history: m, how many iterates are mixed.
+      ridge: λ.
+
+    Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011, §2.
+    """
+
+    history: int = 6
+    ridge: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.history < 2:
+            raise ValueError(f"Anderson(history={self.history}): mixing needs at least 2 iterates.")
+        if not self.ridge >= 0:
+            raise ValueError(f"Anderson(ridge={self.ridge}): expected a value ≥ 0.")
+
+    def remember(self, z: jax.Array) -> _History:
+        m, (batch, n) = self.history, z.shape
+        ring = jnp.zeros((m, batch, n), z.dtype)
+        return _History(ring, ring, jnp.zeros((m, m, batch), z.dtype))
+
+    def propose(self, memory, k, age, z, fz):
+        m = self.history
+        slot = k % m
+        r = jnp.where(age[:, None] > 0, fz - z, 0)
+        residuals = memory.residuals.at[slot].set(r)
+        images = memory.images.at[slot].set(jnp.where(age[:, None] > 0, z + self.damping * r, 0))
+        row = jnp.sum(residuals * r, axis=2)
+        gram = memory.gram.at[slot].set(row).at[:, slot].set(row)
+        evaluations_ago = (slot - jnp.arange(m)) % m
+        valid = evaluations_ago[:, None] < age
+        alpha = mixing_weights(gram, valid, self.ridge)
+        return _History(residuals, images, gram), jnp.sum(alpha[:, :, None] * images, axis=0)
+
+
+def mixing_weights(gram: jax.Array, valid: jax.Array, ridge: float) -> jax.Array:
+    """α [m, B] of Anderson acceleration from gram [m, m, B]; 0 where not valid [m, B]."""
+    m = gram.shape[0]
+    diagonal = jnp.diagonal(gram).T
+    norm = jnp.sqrt(jnp.where(valid, diagonal, 1))
+    inverse = jnp.where(valid, jnp.min(jnp.where(valid, norm, jnp.inf), axis=0) / norm, 0)
+    both = valid[:, None] & valid[None]
+    correlation = jnp.where(both, gram / (norm[:, None] * norm[None]), 0)
+    eye = jnp.eye(m, dtype=gram.dtype)[:, :, None]
+    y = solve_positive(correlation + eye * jnp.where(valid, ridge, 1), inverse)
+    alpha = inverse * y
+    return alpha / jnp.sum(alpha, axis=0)
+
+
+def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:
+    """x [m, B] with a x = b for positive definite a [m, m, B], by an unrolled LDLᵀ.
+
+    m is small and fixed: unrolled, every operation runs over the batch at once, with no call
+    into a LAPACK or cuSOLVER routine.
+    """
+    m = a.shape[0]
+    lower, pivot = {}, []
+    for j in range(m):
+        pivot.append(a[j, j] - sum(lower[j, k] ** 2 * pivot[k] for k in range(j)))
+        for i in range(j + 1, m):
+            inner = sum(lower[i, k] * lower[j, k] * pivot[k] for k in range(j))
+            lower[i, j] = (a[i, j] - inner) / pivot[j]
+    x = [b[i] for i in range(m)]
+    for i in range(m):
+        x[i] = x[i] - sum(lower[i, k] * x[k] for k in range(i))
+    x = [x[i] / pivot[i] for i in range(m)]
+    for i in reversed(range(m)):
+        x[i] = x[i] - sum(lower[k, i] * x[k] for k in range(i + 1, m))
+    return jnp.stack(x)
+
+
+class _Secants(NamedTuple):
+    """B⁻¹ = −I + Σ_j u_j v_jᵀ, and the evaluation that the next secant pair starts from."""
+
+    u: jax.Array  # [m, B, N]
+    v: jax.Array  # [m, B, N]
+    z: jax.Array  # [B, N]
+    g: jax.Array  # [B, N] f(z) − z
+
+
+@dataclass(frozen=True)
+class Broyden(_Configured):
+    """Broyden's good method on g(z) = f(z) − z: z ← z − β B⁻¹ g(z), with rank-one secant updates.
+
+    B⁻¹ starts as −I, so the first step is the plain one. The update is u vᵀ with
+    v = B⁻ᵀ Δz and u = (Δz − B⁻¹ Δg) / (vᵀ Δg). When the memory is full it starts afresh.
+
+    Attributes:
+      tol, max_steps, damping (β), trace: as in `Anderson`.
+      history: m, how many secant pairs are kept.
+
+    Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
+    """
+
+    history: int = 12
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.history < 1:
+            raise ValueError(f"Broyden(history={self.history}): at least 1 secant pair is needed.")
+
+    def remember(self, z: jax.Array) -> _Secants:
+        ring = jnp.zeros((self.history, *z.shape), z.dtype)
+        return _Secants(ring, ring, z, jnp.zeros_like(z))
+
+    def propose(self, memory, k, age, z, fz):
+        m = self.history
+        slot = k % m
+        g = jnp.where(age[:, None] > 0, fz - z, 0)
+        # Pairs since the last restart; age − 1 of them fit the newest evaluation.
+        pairs = jnp.maximum(age - 1, 0) % (m + 1)
+        evaluations_ago = (slot - jnp.arange(m)) % m
+        old = ((evaluations_ago > 0)[:, None] & (evaluations_ago[:, None] < pairs))[:, :, None]
+        u, v = jnp.where(old, memory.u, 0), jnp.where(old, memory.v, 0)
+
+        dz, dg = z - memory.z, g - memory.g
+        new_v = _apply(v, u, dz)
+        denominator = jnp.sum(new_v * dg, axis=1, keepdims=True)
+        small = jnp.finfo(z.dtype).eps * (_norm(new_v) * _norm(dg))[:, None]
+        usable = (pairs > 0)[:, None] & (jnp.abs(denominator) > small)
+        new_u = (dz - _apply(u, v, dg)) / jnp.where(usable, denominator, 1)
+        u = u.at[slot].set(jnp.where(usable, new_u, 0))
+        v = v.at[slot].set(jnp.where(usable, new_v, 0))
+        return _Secants(u, v, z, g), z - self.damping * _apply(u, v, g)
+
+
+def _apply(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
+    """(−I + Σ_j u_j v_jᵀ) x per sample; u, v [m, B, N], x [B, N]."""
+    return jnp.sum(u * jnp.sum(v * x, axis=2, keepdims=True), axis=0) - x
+
+
+# --- jaxopt's own solver objects -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Jaxopt:
+    """A jaxopt solver handed in by the user; it mixes and stops for the batch as a whole.
+
+    jaxopt's `tol` bounds one absolute norm over the batch. `SolveStats` is still per sample and
+    relative: `steps` is jaxopt's iteration count, `residual` is measured once more at the end.
+    """
+
+    solver: IterativeSolver
+
+    @property
+    def tol(self) -> float:
+        return self.solver.tol
+
+    def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
+        changes = {"implicit_diff": False, "has_aux": False, "unroll": False}
+        if isinstance(self.solver, jaxopt.Broyden):  # a root finder
+            changes["fun"] = lambda z, *args: jax.tree.map(jnp.subtract, f(z, *args), z)
+        else:
+            changes["fixed_point_fun"] = f
+        z, state = dataclasses.replace(self.solver, **changes).run(z0, *args)
+        flat, flat0 = ravel(z), ravel(z0)
+        flat = jnp.where(jnp.all(jnp.isfinite(flat), axis=1, keepdims=True), flat, flat0)
+        z = unraveler(z0)(flat)
+        residual = relative_residual(ravel(f(z, *args)), flat)
+        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
+        steps = jnp.full(flat.shape[0], state.iter_num, jnp.int32)
+        return z, SolveStats(steps, residual, residual <= self.solver.tol)
+
+
+def as_solver(solver: Any) -> Solver:
+    """`solver` itself, or a jaxopt solver object wrapped so that `deq_fixed_point` can call it.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(solver, (jaxopt.FixedPointIteration, jaxopt.AndersonAcceleration, jaxopt.Broyden)):
+        return _Jaxopt(solver)
+    if callable(getattr(solver, "solve", None)):
+        return solver
+    raise TypeError(
+        f"solver is {solver!r}; expected Picard, Anderson or Broyden of this library, or jaxopt's "
+        "FixedPointIteration, AndersonAcceleration or Broyden."
+    )

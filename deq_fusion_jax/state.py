@@ -1,0 +1,57 @@
+"""A pytree of batched arrays seen as one matrix: row b holds the whole state of sample b."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def describe(tree: PyTree) -> str:
+    """The tree with `dtype[shape]` in place of its arrays, for error messages."""
+    shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
+    return str(shapes).replace("'", "")
+
+
+def check_state(z: PyTree) -> None:
+    """Raises ValueError unless all leaves are real floating point and share a leading axis."""
+    leaves = jax.tree.leaves(z)
+    if not leaves:
+        raise ValueError("z0 has no arrays; expected a pytree of floating-point arrays [B, …].")
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
+        raise ValueError(f"z0 is {describe(z)}; expected real floating-point arrays only.")
+    if any(x.ndim == 0 for x in leaves) or len({x.shape[0] for x in leaves}) > 1:
+        raise ValueError(f"z0 is {describe(z)}; expected one leading batch axis B for all leaves.")
+
+
+def working_dtype(z: PyTree) -> jnp.dtype:
+    """The type that residuals and mixing are computed in: the widest leaf's, at least float32."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(z)))
+
+
+def ravel(z: PyTree) -> jax.Array:
+    """The state as a matrix [B, N] in the working dtype."""
+    dtype = working_dtype(z)
+    leaves = [x.astype(dtype).reshape(x.shape[0], -1) for x in jax.tree.leaves(z)]
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
+
+
+def unraveler(z: PyTree) -> Callable[[jax.Array], PyTree]:
+    """The inverse of `ravel` for states shaped like z: every leaf gets its shape and dtype back."""
+    leaves, treedef = jax.tree.flatten(z)
+    shapes = [(x.shape, x.dtype) for x in leaves]
+    ends = [0]
+    for shape, _ in shapes:
+        ends.append(ends[-1] + math.prod(shape[1:]))
+
+    def unravel(matrix: jax.Array) -> PyTree:
+        parts = [
+            matrix[:, start:end].reshape(shape).astype(dtype)
+            for start, end, (shape, dtype) in zip(ends, ends[1:], shapes, strict=False)
+        ]
+        return jax.tree.unflatten(treedef, parts)
+
+    return unravel
