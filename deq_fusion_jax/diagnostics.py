@@ -1,4 +1,4 @@
-"""What the Jacobian J = ∂f/∂z says about a fixed point: a training penalty and the spectral radius."""
+"""The Jacobian J = ∂f/∂z at a fixed point: a training penalty and the spectral radius."""
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,7 @@ def jacobian_penalty(
     return jnp.mean(products**2)
 
 
-def spectral_radius(
-    f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int = 50
-) -> jax.Array:
+def spectral_radius(f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int = 50) -> jax.Array:
     """The spectral radius of J at z per sample, by power iteration; below 1, Picard converges.
 
     The geometric mean of ‖J v‖ / ‖v‖ over the second half of the steps: unlike a Rayleigh

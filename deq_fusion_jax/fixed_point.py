@@ -69,9 +69,7 @@ def deq_fixed_point(
 
 
 def _check_same(z0: PyTree, out: PyTree) -> None:
-    same_structure = jax.tree.structure(z0) == jax.tree.structure(out)
-    signature = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if not same_structure or signature(z0) != signature(out):
+    if describe(z0) != describe(out):
         raise ValueError(
             f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}."
         )

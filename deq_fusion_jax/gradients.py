@@ -116,8 +116,10 @@ def _unrolled_pullback(f, start, args, g, steps: int, damping: float) -> tuple[P
     """Cotangents of args through `steps` damped iterations of f from `start`, held constant."""
 
     def unrolled(*args: PyTree) -> PyTree:
+        def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            return ((1 - damping) * old + damping * new).astype(old.dtype)
+
         def step(z: PyTree, _: None) -> tuple[PyTree, None]:
-            mix = lambda old, new: ((1 - damping) * old + damping * new).astype(old.dtype)
             return jax.tree.map(mix, z, f(z, *args)), None
 
         return jax.lax.scan(step, start, None, length=steps)[0]

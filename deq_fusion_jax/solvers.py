@@ -419,7 +419,8 @@ def as_solver(solver: Any) -> Solver:
     Raises:
       TypeError: it is neither.
     """
-    if isinstance(solver, (jaxopt.FixedPointIteration, jaxopt.AndersonAcceleration, jaxopt.Broyden)):
+    theirs = (jaxopt.FixedPointIteration, jaxopt.AndersonAcceleration, jaxopt.Broyden)
+    if isinstance(solver, theirs):
         return _Jaxopt(solver)
     if callable(getattr(solver, "solve", None)):
         return solver

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import checkify
 
 
@@ -50,5 +49,5 @@ class SolveStats:
         if isinstance(failed, jax.core.Tracer):
             checkify.check(failed == 0, message, failed=failed, total=total, worst=worst)
         elif failed:
-            values = {"failed": int(failed), "total": int(total), "worst": f"{np.asarray(worst):.2e}"}
-            raise ConvergenceError(message.format(**values))
+            worst = f"{float(worst):.2e}"
+            raise ConvergenceError(message.format(failed=failed, total=total, worst=worst))

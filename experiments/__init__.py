@@ -1,0 +1,1 @@
+"""Experiments on the paper's data sets: ``python -m experiments.NAME --help``."""

@@ -1,0 +1,133 @@
+"""MM-IMDB: genres of movies from plot and poster (multi-label), as features or raw.
+
+    features   "text" [N, 300], "image" [N, 4096] float32, from multimodal_imdb.hdf5
+    raw        "text" [N] str, "image" [N, h, w, 3] uint8, from the folder mmimdb/
+
+Labels are [N, 23] float32, 0 or 1. Without data a synthetic sample of the features is made.
+Source of both: archive.org/details/mmimdb (Arevalo et al., Gated Multimodal Units, 2017).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from experiments.datasets import Dataset, Split
+from experiments.datasets.download import Remote, fetch, unpack
+from experiments.datasets.mmimdb_hdf5 import FILE_NAME, MmimdbFeatures
+from experiments.datasets.mmimdb_raw import MmimdbRaw, RawSource
+from experiments.datasets.mmimdb_sample import sample_file
+from experiments.datasets.precomputed import Features, read_features
+from experiments.datasets.prepared import cache_root, fingerprint, prepare, read_split
+from experiments.errors import InputError
+
+Variant = Literal["features", "raw"]
+REMOTES: dict[Variant, Remote] = {
+    "features": Remote("https://archive.org/download/mmimdb/multimodal_imdb.hdf5"),
+    "raw": Remote("https://archive.org/download/mmimdb/mmimdb.tar.gz"),
+}
+
+
+def load(
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    variant: Variant | None = None,
+    features_npz: Path | None = None,
+    image_size: tuple[int, int] = (96, 64),
+    download: bool = False,
+) -> Dataset:
+    """Load MM-IMDB, preparing it first if need be.
+
+    Args:
+      data_dir: multimodal_imdb.hdf5 or a folder with it (features), or the folder mmimdb/ or its
+        parent (raw). None: the synthetic sample.
+      cache_dir: where prepared data, downloads and the sample are kept (see ``cache_root``).
+      variant: None: found out from data_dir.
+      features_npz: features to use in place of the data set's own (see ``precomputed``).
+      image_size: (height, width) of the posters (raw).
+      download: get the files from archive.org first, into data_dir or else the cache directory.
+    """
+    if variant not in (None, *REMOTES):
+        raise InputError(f"variant is {variant!r}; expected {' or '.join(REMOTES)}")
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise InputError(f"image_size is {image_size}; expected (height, width), both positive")
+    precomputed = read_features(Path(features_npz).expanduser()) if features_npz else None
+    if download:
+        variant = variant or "features"
+        data_dir = _download(variant, data_dir, cache_dir)
+    if data_dir is None:
+        if variant == "raw":
+            raise InputError("the sample has no raw form: give the folder mmimdb/, or download it")
+        source = sample_file(cache_root(cache_dir) / "mmimdb_sample")
+    else:
+        source = _find(Path(data_dir).expanduser(), variant)
+    data = "sample" if data_dir is None else "real"
+    return _load(source, cache_dir, image_size, precomputed, data)
+
+
+def _load(
+    source: Path,
+    cache_dir: Path | None,
+    image_size: tuple[int, int],
+    precomputed: Features | None,
+    data: Literal["sample", "real"],
+) -> Dataset:
+    if source.is_file():
+        builder_class, origin, files = MmimdbFeatures, source, [source]
+        settings: tuple = ()
+    else:
+        builder_class, origin = MmimdbRaw, RawSource(source, image_size)
+        files, settings = _raw_files(source), image_size
+    builder = prepare(
+        lambda where: builder_class(origin, data_dir=where),
+        builder_class.name,
+        fingerprint(files, str(builder_class.VERSION), *settings),
+        cache_dir,
+    )
+    splits = {
+        split: _to_split(read_split(builder, split), precomputed)
+        for split in ("train", "validation", "test")
+    }
+    return Dataset("MM-IMDB", data, tuple(builder.info.metadata["classes"]), **splits)
+
+
+def _to_split(columns: dict[str, np.ndarray], precomputed: Features | None) -> Split:
+    inputs = {"text": columns["text"], "image": columns["image"]}
+    if precomputed is not None:
+        inputs |= precomputed.pick(columns["id"])
+    return Split(inputs, columns["genres"].astype(np.float32))
+
+
+def _find(where: Path, variant: Variant | None) -> Path:
+    """The HDF5 file or the raw folder that data_dir means."""
+    found: dict[Variant, Path] = {}
+    if where.is_file():
+        found["features"] = where
+    elif (where / FILE_NAME).is_file():
+        found["features"] = where / FILE_NAME
+    for folder in (where, where / "mmimdb"):
+        if (folder / "split.json").is_file():
+            found["raw"] = folder
+    if variant is None and len(found) == 2:
+        raise InputError(f"{where} holds both forms of MM-IMDB: say which, features or raw")
+    if not found or (variant is not None and variant not in found):
+        raise InputError(
+            f"{where} {'holds' if where.exists() else 'does not exist: it should hold'} no "
+            f"MM-IMDB{f' of the variant {variant}' if variant else ''}; expected {FILE_NAME} "
+            "(features) or split.json and dataset/ (raw), from archive.org/details/mmimdb"
+        )
+    return found[variant] if variant else next(iter(found.values()))
+
+
+def _raw_files(folder: Path) -> Iterable[Path]:
+    try:
+        return [folder / "split.json", *sorted((folder / "dataset").iterdir())]
+    except OSError as error:
+        raise InputError(f"{folder} has no readable folder dataset ({error})") from error
+
+
+def _download(variant: Variant, data_dir: Path | None, cache_dir: Path | None) -> Path:
+    folder = Path(data_dir).expanduser() if data_dir else cache_root(cache_dir) / "downloads/mmimdb"
+    file = fetch(REMOTES[variant], folder)
+    return file if variant == "features" else unpack(file, "mmimdb")

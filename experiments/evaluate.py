@@ -1,0 +1,217 @@
+"""Metrics of a run, by scikit-learn, as plain dicts of floats; and their spread over seeds.
+
+N samples, C classes. Probabilities lie in [0, 1]; a class is predicted where p > 0.5.
+F1 of a class = 2 TP / (2 TP + FP + FN), and 0 where that is 0 / 0 (nothing there, nothing
+predicted). Then micro: the formula on counts summed over classes; macro: mean over classes;
+weighted: mean over classes by support (number of true samples); samples: F1 of each row, averaged.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from experiments.errors import InputError
+
+Metrics = Mapping[str, float]
+COMMON = ("experiment", "dataset", "data", "selection")  # what the rows of a comparison share
+
+
+class Results(TypedDict):
+    """`results.json`: the outcome of one run."""
+
+    experiment: str
+    dataset: str
+    data: Literal["sample", "real"]
+    fusion: str
+    seed: int
+    selection: Literal["validation", "test", "last"]
+    test: Metrics
+    validation: Metrics
+    solver: Metrics | None  # converged (fraction), mean_steps, residual; None: nothing is solved
+    parameters: int
+    seconds: float
+
+
+def multilabel_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
+    """Micro, macro, weighted and samples F1 of labels [N, C] in {0, 1} and probabilities [N, C]."""
+    labels, probabilities = _multilabel(labels, probabilities)
+    return _f1_scores(labels, probabilities > 0.5)
+
+
+def per_class_f1(
+    labels: ArrayLike, probabilities: ArrayLike, names: list[str]
+) -> dict[str, dict[str, float]]:
+    """{name: {"f1", "support"}} for each of the C classes, in their order.
+
+    Labels [N, C] in {0, 1} are multilabel (p > 0.5); labels [N] in 0 … C-1 are multiclass (argmax).
+    """
+    if np.ndim(labels) == 1:
+        labels, probabilities = _multiclass(labels, probabilities)
+        classes = np.arange(probabilities.shape[1])
+        truth = labels[:, None] == classes
+        predicted = probabilities.argmax(axis=1)[:, None] == classes
+    else:
+        truth, probabilities = _multilabel(labels, probabilities)
+        predicted = probabilities > 0.5
+    if len(names) != truth.shape[1]:
+        raise ValueError(f"{len(names)} class names for {truth.shape[1]} classes; give one each")
+    scores = [
+        float(f1_score(t, p, zero_division=0)) for t, p in zip(truth.T, predicted.T, strict=True)
+    ]
+    support = truth.sum(axis=0)
+    return {
+        n: {"f1": f1, "support": int(s)} for n, f1, s in zip(names, scores, support, strict=True)
+    }
+
+
+def frequent_labels_floor(train_labels: ArrayLike, test_labels: ArrayLike) -> Metrics:
+    """The score of a model that looks at nothing: the frequent labels, for every test sample.
+
+    Predicted are the classes S(t) whose share of the training samples is at least t, with the t
+    that maximises micro-F1 on the training labels, 2 Σ_S n_c / (N |S| + Σ_c n_c), where n_c is the
+    number of training samples of class c; the larger t in a tie. The test labels only score it.
+    """
+    train, test = _indicator(train_labels), _indicator(test_labels)
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train labels {train.shape} and test labels {test.shape} differ in C")
+    count = train.sum(axis=0)
+    thresholds = np.unique(count[count > 0])[::-1]
+    if not thresholds.size:
+        raise ValueError(f"train labels {train.shape} are all 0: there is no frequent label")
+    chosen = count >= thresholds[:, None]  # [thresholds, C]
+    micro_f1 = 2 * (chosen @ count) / (len(train) * chosen.sum(axis=1) + count.sum())
+    return _f1_scores(test, np.broadcast_to(chosen[micro_f1.argmax()], test.shape))
+
+
+def binary_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
+    """Accuracy, F1 of class 1 and ROC AUC of labels [N] in {0, 1} and probabilities of 1 [N].
+
+    AUC compares a positive with a negative: it is NaN where all labels are the same.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    if labels.ndim != 1 or labels.shape != probabilities.shape:
+        raise ValueError(
+            f"labels {labels.shape} and probabilities {probabilities.shape}: expected [N] for both,"
+            " the probability of class 1 for each sample"
+        )
+    labels, probabilities = _multilabel(labels[:, None], probabilities[:, None])
+    labels, probabilities = labels[:, 0], probabilities[:, 0]
+    one_class = len(np.unique(labels)) < 2
+    return {
+        "accuracy": float(accuracy_score(labels, probabilities > 0.5)),
+        "f1": float(f1_score(labels, probabilities > 0.5, zero_division=0)),
+        "auc": float("nan") if one_class else float(roc_auc_score(labels, probabilities)),
+    }
+
+
+def multiclass_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
+    """Accuracy, weighted and macro F1 of labels [N] in 0 … C-1 and probabilities [N, C].
+
+    The predicted class is the argmax. The macro mean runs over the classes that occur among the
+    labels or the predictions, so a class absent from a small test set does not count as a failure.
+    """
+    labels, probabilities = _multiclass(labels, probabilities)
+    predicted = probabilities.argmax(axis=1)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "weighted_f1": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def compare_rows(rows: Sequence[Results]) -> list[dict[str, Any]]:
+    """One row per fusion, over seeds: every number becomes {"mean", "std"}, std with ddof = 1.
+
+    std is None for a single seed; both are None where a seed's number is undefined.
+    """
+    if not rows:
+        raise InputError("no results to compare: expected one results.json row or more")
+    for key in COMMON:
+        values = sorted({str(row[key]) for row in rows})
+        if len(values) > 1:
+            raise InputError(f"rows with {key} {' and '.join(values)} cannot be compared; pick one")
+    groups: dict[str, list[Results]] = {}
+    for row in rows:
+        groups.setdefault(row["fusion"], []).append(row)
+    return [_over_seeds(fusion, group) for fusion, group in groups.items()]
+
+
+def _over_seeds(fusion: str, rows: list[Results]) -> dict[str, Any]:
+    seeds = [row["seed"] for row in rows]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"fusion {fusion} has a seed twice in {seeds}; give each seed once")
+    out = {key: rows[0][key] for key in COMMON} | {"fusion": fusion, "n": len(rows), "seeds": seeds}
+    for part in ("test", "validation", "solver"):
+        names = dict.fromkeys(name for row in rows for name in row[part] or {})
+        out[part] = {n: mean_std([(row[part] or {}).get(n) for row in rows]) for n in names}
+    return out | {key: mean_std([row[key] for row in rows]) for key in ("parameters", "seconds")}
+
+
+def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation (ddof = 1)."""
+    if not all(map(defined, values)):
+        return {"mean": None, "std": None}
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std}
+
+
+def defined(value: float | None) -> bool:
+    """Whether there is a number: not None, not NaN, not infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def _f1_scores(labels: np.ndarray, predicted: np.ndarray) -> Metrics:
+    if labels.shape[1] < 2:
+        raise ValueError(f"labels {labels.shape} have a single class; use binary_metrics")
+    averages = ("micro", "macro", "weighted", "samples")
+    return {
+        f"{average}_f1": float(f1_score(labels, predicted, average=average, zero_division=0))
+        for average in averages
+    }
+
+
+def _indicator(labels: ArrayLike) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or not labels.size or not np.isin(labels, (0, 1)).all():
+        raise ValueError(
+            f"labels {labels.shape} {labels.dtype}: expected 0s and 1s of shape [N, C]"
+        )
+    return labels.astype(np.int64)
+
+
+def _probabilities(values: ArrayLike) -> np.ndarray:
+    values = np.asarray(values).astype(np.float64)
+    if not ((values >= 0) & (values <= 1)).all():  # NaN fails too
+        raise ValueError(
+            f"probabilities span {values.min():.3g} to {values.max():.3g}, expected 0 to 1; "
+            "apply sigmoid or softmax to logits, and look for NaN in the model"
+        )
+    return values
+
+
+def _multilabel(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    if np.shape(labels) != np.shape(probabilities):
+        raise ValueError(
+            f"labels {np.shape(labels)} and probabilities {np.shape(probabilities)}: "
+            "expected the same shape [N, C] for both"
+        )
+    return _indicator(labels), _probabilities(probabilities)
+
+
+def _multiclass(labels: ArrayLike, probabilities: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    if labels.ndim != 1 or probabilities.ndim != 2 or len(labels) != len(probabilities):
+        raise ValueError(
+            f"labels {labels.shape}, probabilities {probabilities.shape}: expected [N] and [N, C]"
+        )
+    classes = probabilities.shape[1]
+    if not labels.size or not np.isin(labels, np.arange(classes)).all():
+        raise ValueError(
+            f"labels {labels.shape}: expected at least one, all from 0 to {classes - 1}"
+        )
+    return labels.astype(np.int64), _probabilities(probabilities)

@@ -1,0 +1,150 @@
+"""The metrics against their definitions, counted by hand in NumPy."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.evaluate import (
+    binary_metrics,
+    frequent_labels_floor,
+    multiclass_metrics,
+    multilabel_metrics,
+    per_class_f1,
+)
+
+
+def f1(truth, predicted):
+    """2 TP / (2 TP + FP + FN) of two boolean arrays, 0 where that is 0 / 0."""
+    hits, misses = (truth & predicted).sum(), (truth ^ predicted).sum()
+    return 2 * hits / (2 * hits + misses) if hits + misses else 0.0
+
+
+def multilabel_by_hand(truth, predicted):
+    per_class = np.array([f1(t, p) for t, p in zip(truth.T, predicted.T, strict=True)])
+    support = truth.sum(axis=0)
+    return {
+        "micro_f1": f1(truth.ravel(), predicted.ravel()),
+        "macro_f1": per_class.mean(),
+        "weighted_f1": per_class @ support / support.sum() if support.sum() else 0.0,
+        "samples_f1": np.mean([f1(t, p) for t, p in zip(truth, predicted, strict=True)]),
+    }
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_multilabel_metrics_follow_their_formulas(seed):
+    rng = np.random.default_rng(seed)
+    labels, probabilities = rng.random((40, 7)) < 0.3, rng.random((40, 7))
+    labels[:, 0] = False  # a class that is never true,
+    probabilities[:, 1] = 0.1  # one that is never predicted,
+    labels[:, 2], probabilities[:, 2] = False, 0.1  # and one that is neither
+    got = multilabel_metrics(labels.astype(int), probabilities)
+    assert got == pytest.approx(multilabel_by_hand(labels, probabilities > 0.5))
+
+
+def test_multilabel_extremes():
+    empty = np.zeros((3, 2))
+    assert set(multilabel_metrics(empty, empty).values()) == {0.0}
+    labels = np.eye(3)
+    assert set(multilabel_metrics(labels, labels).values()) == {1.0}
+    half = multilabel_metrics(labels, np.full((3, 3), 0.5))  # 0.5 is not above the threshold
+    assert half["micro_f1"] == 0.0
+
+
+def test_low_precision_probabilities_are_taken():
+    labels = np.eye(3)
+    assert multilabel_metrics(labels, jnp.asarray(labels, jnp.bfloat16))["micro_f1"] == 1.0
+
+
+def test_per_class_f1_multilabel():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.random((30, 3)) < 0.4, rng.random((30, 3))
+    got = per_class_f1(labels, probabilities, ["drama", "war", "news"])
+    assert list(got) == ["drama", "war", "news"]
+    for c, score in enumerate(got.values()):
+        assert score["f1"] == pytest.approx(f1(labels[:, c], probabilities[:, c] > 0.5))
+        assert score["support"] == labels[:, c].sum()
+
+
+def test_per_class_f1_multiclass():
+    labels = np.array([0, 0, 1, 1])
+    probabilities = np.array([[0.4, 0.3, 0.3], [0.2, 0.7, 0.1], [0.1, 0.9, 0.0], [0.0, 0.6, 0.4]])
+    got = per_class_f1(labels, probabilities, ["a", "b", "c"])
+    assert got["a"] == {"f1": pytest.approx(2 / 3), "support": 2}
+    assert got["b"] == {"f1": pytest.approx(4 / 5), "support": 2}
+    assert got["c"] == {"f1": 0.0, "support": 0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_floor_is_the_best_constant_answer_on_train(seed):
+    rng = np.random.default_rng(seed)
+    share = rng.random(6)
+    train, test = rng.random((50, 6)) < share, rng.random((30, 6)) < share
+
+    def constant(chosen, labels):
+        return multilabel_by_hand(labels, np.broadcast_to(chosen, labels.shape))
+
+    count = train.sum(axis=0)
+    candidates = [count >= n for n in range(51, 0, -1)]
+    best = max(candidates, key=lambda chosen: constant(chosen, train)["micro_f1"])
+    assert frequent_labels_floor(train, test) == pytest.approx(constant(best, test))
+
+
+def test_floor_does_not_read_the_test_labels():
+    train = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 0]])
+    assert frequent_labels_floor(train, np.array([[0, 0, 1]]))["micro_f1"] == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_binary_metrics_follow_their_formulas(seed):
+    rng = np.random.default_rng(seed)
+    labels, probabilities = rng.integers(0, 2, 40), rng.random(40).round(1)  # rounding makes ties
+    higher = probabilities[labels == 1][:, None] - probabilities[labels == 0]
+    got = binary_metrics(labels, probabilities)
+    assert got["accuracy"] == pytest.approx(np.mean((probabilities > 0.5) == labels))
+    assert got["f1"] == pytest.approx(f1(labels == 1, probabilities > 0.5))
+    assert got["auc"] == pytest.approx(np.mean((higher > 0) + 0.5 * (higher == 0)))
+
+
+def test_auc_of_a_single_class_is_nan_without_a_warning():
+    got = binary_metrics(np.ones(4, int), np.full(4, 0.9))
+    assert got["accuracy"] == got["f1"] == 1.0
+    assert math.isnan(got["auc"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_multiclass_metrics_follow_their_formulas(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, 40)  # class 3 is never true, class 4 neither true nor predicted
+    probabilities = rng.dirichlet(np.ones(5), 40)
+    probabilities[:, 4] = 0
+    predicted = probabilities.argmax(axis=1)
+    scores = np.array([f1(labels == c, predicted == c) for c in range(5)])
+    support = np.array([(labels == c).sum() for c in range(5)])
+    occurs = np.array([c in labels or c in predicted for c in range(5)])
+    got = multiclass_metrics(labels, probabilities)
+    assert got["accuracy"] == pytest.approx((labels == predicted).mean())
+    assert got["weighted_f1"] == pytest.approx(scores @ support / support.sum())
+    assert got["macro_f1"] == pytest.approx(scores[occurs].mean())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: multilabel_metrics(np.eye(3), np.zeros((3, 4))), r"\(3, 3\).*\(3, 4\)"),
+        (lambda: multilabel_metrics(np.eye(3), np.full((3, 3), 2.5)), "apply sigmoid"),
+        (lambda: multilabel_metrics(np.eye(3), np.full((3, 3), np.nan)), "nan"),
+        (lambda: multilabel_metrics(3 * np.eye(3), np.eye(3)), "0s and 1s"),
+        (lambda: multilabel_metrics(np.ones((3, 1)), np.ones((3, 1))), "binary_metrics"),
+        (lambda: binary_metrics(np.ones(3), np.ones((3, 2))), r"\(3,\).*\(3, 2\)"),
+        (lambda: multiclass_metrics(np.zeros(3), np.ones((4, 2))), r"\(3,\).*\(4, 2\)"),
+        (lambda: multiclass_metrics(np.array([0, 2]), np.ones((2, 2))), "from 0 to 1"),
+        (lambda: frequent_labels_floor(np.eye(3), np.eye(4)), r"\(3, 3\).*\(4, 4\)"),
+        (lambda: frequent_labels_floor(np.zeros((3, 2)), np.eye(2)), "no frequent label"),
+        (lambda: per_class_f1(np.eye(3), np.eye(3), ["a"]), "1 class names for 3"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

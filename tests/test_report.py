@@ -1,0 +1,363 @@
+"""What a run writes for people: complete, aligned, within 80 columns, and strict JSON."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.errors import InputError
+from experiments.evaluate import compare_rows
+from experiments.figures import gate_strength, learning_curve, residual_trace, solver_health
+from experiments.report import (
+    comparison_table,
+    config_to_dict,
+    markdown_table,
+    number,
+    percent,
+    print_results,
+    report_markdown,
+    versions,
+    write_json,
+    write_text,
+)
+
+SOLVER = {"converged": 0.9996, "mean_steps": 14.25, "residual": 8.1e-5}
+PER_CLASS = {
+    "Drama": {"f1": 0.74, "support": 4142},
+    "War": {"f1": 0.31, "support": 77},
+    "[b]News": {"f1": 0.0, "support": 9},
+    "Empty": {"f1": 0.0, "support": 0},
+}
+FLOORS = {"floor: frequent genres": {"micro_f1": 0.41, "macro_f1": 0.03}}
+
+
+def row(fusion="deq", seed=0, **changes):
+    rng = np.random.default_rng(seed + len(fusion))
+    metrics = ("micro_f1", "macro_f1", "weighted_f1", "samples_f1")
+    return {
+        "experiment": "mmimdb",
+        "dataset": "MM-IMDB",
+        "data": "real",
+        "fusion": fusion,
+        "seed": seed,
+        "selection": "validation",
+        "test": {name: float(rng.random()) for name in metrics},
+        "validation": {name: float(rng.random()) for name in metrics},
+        "solver": SOLVER if fusion == "deq" else None,
+        "parameters": 9_876_543,
+        "seconds": 61.5 + seed,
+        **changes,
+    }
+
+
+def printed(*args, **kwargs):
+    console = Console(file=io.StringIO(), width=80)
+    print_results(*args, console=console, **kwargs)
+    return console.file.getvalue()
+
+
+def table_lines(markdown):
+    return [line for line in markdown.splitlines() if line.startswith("|")]
+
+
+def assert_tables_align(markdown):
+    blocks = [b.splitlines() for b in markdown.split("\n\n") if b.startswith("|")]
+    assert blocks
+    for block in blocks:
+        bars = {tuple(i for i, c in enumerate(line) if c == "|") for line in block}
+        assert len(bars) == 1
+        assert max(map(len, block)) <= 80
+
+
+# Files
+
+
+def test_write_json_is_strict_whole_and_repeatable(tmp_path):
+    path = tmp_path / "run" / "results.json"
+    value = {"auc": float("nan"), "low": -np.inf, "mean": np.float32(0.5), "n": np.int64(3)}
+    for _ in range(2):
+        write_json(path, {**value, "path": Path("a/b"), "steps": np.arange(2), "t": (1, True)})
+    expected = {"auc": None, "low": None, "mean": 0.5, "n": 3}
+    assert json.loads(path.read_text()) == {
+        **expected,
+        "path": "a/b",
+        "steps": [0, 1],
+        "t": [1, True],
+    }
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_results_come_back_as_they_were(tmp_path):
+    write_json(tmp_path / "results.json", row())
+    assert json.loads((tmp_path / "results.json").read_text()) == row()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "report.md"
+    write_text(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+@dataclasses.dataclass(frozen=True)
+class Anderson:
+    tol: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data_dir: Path | None = Path("data")
+    hidden: tuple[int, ...] = (512, 512)
+    solver: Anderson = Anderson()
+    activation: object = np.tanh
+
+
+def test_config_to_dict_is_json_and_names_nested_types():
+    assert config_to_dict(Config()) == {
+        "data_dir": "data",
+        "hidden": [512, 512],
+        "solver": {"type": "Anderson", "tol": 1e-4},
+        "activation": "tanh",
+    }
+
+
+def test_versions_name_what_decides_the_numbers():
+    found = versions()
+    assert {"python", "jax", "flax", "optax", "jaxopt", "orbax-checkpoint", "device"} <= set(found)
+    assert found["device"][0].isdigit()
+
+
+# One run
+
+
+def full_report(**changes):
+    history = [
+        {"epoch": 1, "loss": 0.4, "solver": {"converged": 1.0}},
+        {"epoch": 2, "loss": float("nan"), "solver": {"converged": 0.87}},
+    ]
+    return report_markdown(
+        row(**changes),
+        config_to_dict(Config()),
+        history,
+        PER_CLASS,
+        command="python -m experiments.mmimdb --seed 0",
+        floors=FLOORS,
+        figures={"figures/learning_curve.png": "Loss and scores by epoch"},
+        notes=["The audio of 3 clips was missing."],
+    )
+
+
+def test_report_holds_what_is_promised():
+    text = full_report()
+    for promised in [
+        "# mmimdb: deq, seed 0, MM-IMDB data",
+        "python -m experiments.mmimdb --seed 0",
+        "best validation score",
+        "| floor: frequent genres | ",
+        "- Best classes by F1: Drama 0.740 (n=4142).",
+        "- Worst classes by F1: [b]News 0.000 (n=9).",
+        "- Solver: 99.9 % of the samples converged, 14.2 steps on average",
+        "9,876,543 parameters",
+        "![Loss and scores by epoch](figures/learning_curve.png)",
+        "- The audio of 3 clips was missing.",
+        "- 0.1 % of the samples did not converge in evaluation.",
+        "- During training convergence was lowest in epoch 2: 87.0 %.",
+        "- The loss was not finite in 1 epoch(s), the first 2.",
+        "solver.type",
+        "orbax-checkpoint",
+    ]:
+        assert promised in text, promised
+    assert "synthetic" not in text and "nan" not in text.lower()
+    assert_tables_align(text)
+
+
+def test_synthetic_data_is_called_so_everywhere():
+    sample = row(data="sample")
+    assert "sample (synthetic)" in full_report(data="sample").splitlines()[0]
+    assert "MM-IMDB data" not in full_report(data="sample")
+    assert "sample (synthetic)" in printed(sample, Path("runs/a"))
+    assert "sample (synthetic)" in comparison_table([sample]).splitlines()[0]
+
+
+def test_a_run_selected_on_test_says_so():
+    assert "best TEST score: optimistic, not a result" in full_report(selection="test")
+
+
+def test_a_plain_fusion_without_history_reports_too():
+    text = report_markdown(row("concat"), {}, command="python -m experiments.mmimdb")
+    assert "Solver: none in this fusion." in text
+    assert "Nothing went wrong that was looked for." in text
+    assert "## Figures" not in text and "## Classes" not in text
+
+
+def test_many_classes_show_both_ends():
+    many = {f"answer {i}": {"f1": i / 100, "support": 5} for i in range(100)}
+    text = report_markdown(row(), {}, per_class=many, command="x")
+    assert "answer 99 " in text and "answer 0 " in text and "answer 50 " not in text
+
+
+def test_terminal_output_fits_and_is_complete():
+    text = printed(row(), Path("runs") / ("x" * 90), PER_CLASS, floors=FLOORS)
+    for promised in [
+        "micro_f1",
+        "macro_f1",
+        "floor: frequent genres",
+        "Drama 0.740",
+        "[b]News",
+        "14.2 steps",
+        "did not converge",
+        "Run directory: runs/" + "x" * 90,
+    ]:
+        assert promised in text, promised
+    assert max(len(line) for line in text.splitlines() if "runs/" not in line) <= 80
+
+
+def test_undefined_numbers_are_a_dash():
+    undefined = {"accuracy": 1.0, "auc": float("nan")}
+    text = printed(row(test=undefined, validation={"accuracy": 1.0, "auc": None}), Path("run"))
+    assert "–" in text and "nan" not in text.lower() and "None" not in text
+    assert "Not defined on this test set: auc." in text
+
+
+# Several runs
+
+
+def test_comparison_is_the_mean_and_sample_deviation():
+    rows = [row(fusion, seed) for fusion in ("deq", "concat") for seed in range(5)]
+    deq, concat = compare_rows(rows)
+    for group in (deq, concat):
+        mine = [r for r in rows if r["fusion"] == group["fusion"]]
+        assert (group["n"], group["seeds"]) == (5, [0, 1, 2, 3, 4])
+        for part in ("test", "validation"):
+            for name, value in group[part].items():
+                values = [r[part][name] for r in mine]
+                assert value["mean"] == pytest.approx(np.mean(values))
+                assert value["std"] == pytest.approx(np.std(values, ddof=1))
+    assert deq["solver"]["mean_steps"] == {"mean": 14.25, "std": 0.0}
+    assert concat["solver"] == {}
+    assert concat["seconds"]["mean"] == 63.5
+    json.dumps([deq, concat], allow_nan=False)
+
+
+def test_comparison_table_shows_scores_and_costs():
+    rows = [row(fusion, seed) for fusion in ("deq", "weight_tied") for seed in range(3)]
+    text = comparison_table(rows)
+    mean = np.mean([r["test"]["samples_f1"] for r in rows[:3]])
+    std = np.std([r["test"]["samples_f1"] for r in rows[:3]], ddof=1)
+    assert f"{mean:.3f} ± {std:.3f}" in text
+    assert "ddof = 1" in text and "99.9 %" in text and "MM-IMDB data" in text
+    assert_tables_align(text)
+    costs = [line for line in table_lines(text) if "9,876,543" in line]
+    assert len(costs) == 2 and costs[1].count("–") == 2
+
+
+def test_one_seed_has_no_deviation_and_an_undefined_score_no_mean():
+    group = compare_rows([row(test={"auc": None, "f1": 0.5})])[0]
+    assert group["test"] == {
+        "auc": {"mean": None, "std": None},
+        "f1": {"mean": 0.5, "std": None},
+    }
+    text = comparison_table([row(test={"auc": None, "f1": 0.5})])
+    assert "±" not in table_lines(text)[2] and "–" in table_lines(text)[2]
+
+
+def test_unequal_seeds_are_said():
+    assert "not run with the same seeds" in comparison_table([row("deq", 0), row("concat", 1)])
+    assert "same seeds" not in comparison_table([row("deq", 0), row("concat", 0)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(), row("concat", data="sample")], "data real and sample cannot be compared"),
+        ([row(), row("concat", selection="test")], "selection test and validation"),
+        ([row(), row("concat", dataset="BRCA")], "dataset BRCA and MM-IMDB"),
+        ([row(), row()], r"fusion deq has a seed twice in \[0, 0\]"),
+        ([], "no results to compare"),
+    ],
+)
+def test_rows_that_do_not_belong_together_are_refused(rows, message):
+    with pytest.raises(InputError, match=message):
+        comparison_table(rows)
+
+
+# Figures
+
+HISTORY = [
+    {
+        "epoch": epoch,
+        "loss": 1 / epoch,
+        "validation": {"f1": 0.5, "auc": None},
+        "solver": {"converged": 1.0, "mean_steps": 9.5, "max_steps": 20, "residual": 1e-5},
+    }
+    for epoch in (1, 2, 3)
+]
+
+
+def labels(figure):
+    figure.savefig(io.BytesIO(), format="png")  # everything is drawn, without a warning
+    return [" ".join(axes.get_ylabel().split()) for axes in figure.axes]
+
+
+def test_learning_curve_has_solver_panels_only_with_a_solver():
+    plain = [{**row, "solver": None} for row in HISTORY]
+    assert labels(learning_curve(plain)) == ["training loss", "validation score"]
+    assert labels(learning_curve(HISTORY))[2:] == ["samples converged", "solver steps"]
+    assert len(labels(learning_curve(HISTORY[:1]))) == 4
+
+
+def test_solver_health_adds_what_the_rows_have():
+    assert labels(solver_health(HISTORY)) == [
+        "solver steps",
+        "samples converged",
+        "relative residual",
+    ]
+    radius = [{**r, "solver": {**r["solver"], "spectral_radius": 0.8}} for r in HISTORY]
+    assert labels(solver_health(radius))[-1] == "spectral radius at the fixed point"
+    with pytest.raises(ValueError, match="solves nothing"):
+        solver_health([{**HISTORY[0], "solver": None}])
+
+
+def test_residual_trace_keeps_the_last_value_of_a_finished_sample():
+    nan = np.nan
+    trace = np.array([[1, 1, 1, 1], [1e-6, 0.5, np.inf, 0.5], [nan, 0, 0.5, 0.2], [nan] * 4])
+    figure = residual_trace(trace, tol=1e-4)
+    assert labels(figure)[1] == "converged (of 4)"
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [0, 0.25, 0.5])
+    with pytest.raises(ValueError, match=r"\(2, 2\): expected \[steps, B\]"):
+        residual_trace(np.full((2, 2), nan), tol=1e-4)
+
+
+def test_gate_strength_by_modality_and_class():
+    gates = {"image": -np.ones((6, 2, 3)), "text": np.zeros(6)}
+    figure = gate_strength(gates)
+    assert labels(figure) == ["mean |gate| of a sample"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["image", "text"]
+    figure = gate_strength(gates, [0, 0, 0, 2, 2, 2], ["a", "b", "c"])
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["a\nn = 3", "c\nn = 3"]
+    with pytest.raises(ValueError, match="same number of samples"):
+        gate_strength({"image": np.ones(3), "text": np.ones(4)})
+
+
+# Text
+
+
+def test_numbers_and_percentages():
+    assert [number(x) for x in (None, float("nan"), 1234, 0.12345)] == ["–", "–", "1,234", "0.123"]
+    shares = [percent(x) for x in (1, 0.9996, 0.993, 0.0001, 0, None)]
+    assert shares == ["100.0 %", "99.9 %", "99.3 %", "0.1 %", "0.0 %", "–"]
+
+
+def test_wide_tables_are_cut_and_bars_escaped():
+    header = ["fusion", *(f"metric_{i}" for i in range(12))]
+    text = markdown_table([header, ["a|b", *["0.123 ± 0.456"] * 12]])
+    assert len(text.split("\n\n")) > 1 and r"a\|b" in text
+    assert all(f"metric_{i} " in text for i in range(12))
+    assert max(map(len, text.splitlines())) <= 80
