@@ -368,4 +368,8 @@ class DEQFusion(nn.Module):
 def as_function(cell: FusionCell) -> tuple[Callable[..., FusionState], Any]:
     """A bound cell as the pure map f(z, variables, injection) and its variables."""
     unbound, variables = cell.unbind()
-    return lambda z, variables, injection: unbound.apply(variables, z, injection), variables
+
+    def f(z: FusionState, variables: Any, injection: Injection) -> Any:
+        return unbound.apply(variables, z, injection)
+
+    return f, variables

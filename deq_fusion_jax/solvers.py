@@ -31,7 +31,8 @@ Map = Callable[..., PyTree]
 class Solver(Protocol):
     """What `deq_fixed_point` asks of a solver; hashable, so that it is static under jit."""
 
-    tol: float
+    @property
+    def tol(self) -> float: ...
 
     def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]: ...
 
@@ -305,7 +306,8 @@ def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:
     into a LAPACK or cuSOLVER routine.
     """
     m = a.shape[0]
-    lower, pivot = {}, []
+    lower: dict[tuple[int, int], jax.Array] = {}
+    pivot: list[jax.Array] = []
     for j in range(m):
         pivot.append(a[j, j] - sum(lower[j, k] ** 2 * pivot[k] for k in range(j)))
         for i in range(j + 1, m):
@@ -398,7 +400,7 @@ class _Jaxopt:
         return self.solver.tol
 
     def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
-        changes = {"implicit_diff": False, "has_aux": False, "unroll": False}
+        changes: dict[str, Any] = {"implicit_diff": False, "has_aux": False, "unroll": False}
         if isinstance(self.solver, jaxopt.Broyden):  # a root finder
             changes["fun"] = lambda z, *args: jax.tree.map(jnp.subtract, f(z, *args), z)
         else:

@@ -49,5 +49,5 @@ class SolveStats:
         if isinstance(failed, jax.core.Tracer):
             checkify.check(failed == 0, message, failed=failed, total=total, worst=worst)
         elif failed:
-            worst = f"{float(worst):.2e}"
-            raise ConvergenceError(message.format(failed=failed, total=total, worst=worst))
+            values = {"failed": failed, "total": total, "worst": f"{float(worst):.2e}"}
+            raise ConvergenceError(message.format(**values))

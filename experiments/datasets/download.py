@@ -154,15 +154,15 @@ def _announce(remote: Remote, part: Path, have: int, total: int | None) -> None:
 
 
 def _receive(response: http.client.HTTPResponse, part: Path, have: int, total: int | None) -> None:
-    show = sys.stderr.isatty() and total
+    watched = sys.stderr.isatty()
     with part.open("ab" if have else "wb") as file:
         while block := response.read(_BLOCK):
             file.write(block)
             have += len(block)
-            if show:
+            if watched and total:
                 print(f"\r{_human(have)} ({100 * have // total} %)", end="", file=sys.stderr)
         os.fsync(file.fileno())
-    if show:
+    if watched and total:
         print(file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch, unpack
@@ -62,34 +63,32 @@ def load(
         source = sample_file(cache_root(cache_dir) / "mmimdb_sample")
     else:
         source = _find(Path(data_dir).expanduser(), variant)
-    data = "sample" if data_dir is None else "real"
-    return _load(source, cache_dir, image_size, precomputed, data)
-
-
-def _load(
-    source: Path,
-    cache_dir: Path | None,
-    image_size: tuple[int, int],
-    precomputed: Features | None,
-    data: Literal["sample", "real"],
-) -> Dataset:
     if source.is_file():
-        builder_class, origin, files = MmimdbFeatures, source, [source]
-        settings: tuple = ()
+        builder = _prepare_features(source, cache_dir)
     else:
-        builder_class, origin = MmimdbRaw, RawSource(source, image_size)
-        files, settings = _raw_files(source), image_size
-    builder = prepare(
-        lambda where: builder_class(origin, data_dir=where),
-        builder_class.name,
-        fingerprint(files, str(builder_class.VERSION), *settings),
-        cache_dir,
-    )
+        builder = _prepare_raw(RawSource(source, image_size), cache_dir)
     splits = {
         split: _to_split(read_split(builder, split), precomputed)
         for split in ("train", "validation", "test")
     }
-    return Dataset("MM-IMDB", data, tuple(builder.info.metadata["classes"]), **splits)
+    return Dataset(
+        name="MM-IMDB",
+        data="sample" if data_dir is None else "real",
+        classes=tuple(builder.info.metadata["classes"]),
+        **splits,
+    )
+
+
+def _prepare_features(file: Path, cache_dir: Path | None) -> tfds.core.DatasetBuilder:
+    key = fingerprint([file], str(MmimdbFeatures.VERSION))
+    return prepare(
+        lambda where: MmimdbFeatures(file, data_dir=where), MmimdbFeatures.name, key, cache_dir
+    )
+
+
+def _prepare_raw(source: RawSource, cache_dir: Path | None) -> tfds.core.DatasetBuilder:
+    key = fingerprint(_raw_files(source.folder), str(MmimdbRaw.VERSION), source.image_size)
+    return prepare(lambda where: MmimdbRaw(source, data_dir=where), MmimdbRaw.name, key, cache_dir)
 
 
 def _to_split(columns: dict[str, np.ndarray], precomputed: Features | None) -> Split:

@@ -17,7 +17,7 @@ comment.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -175,7 +175,11 @@ def _rows_of(file: h5py.File, split: str) -> np.ndarray:
     found: dict[str, np.ndarray] = {}
     for entry in table:
         source = _as_str(entry["source"])
-        if _as_str(entry["split"]) == name and source in _WIDTHS and _available(entry):
+        if (
+            _as_str(entry["split"]) == name
+            and source in _WIDTHS
+            and _optional(entry, "available", True)
+        ):
             found[source] = _entry_rows(file, entry)
     missing = sorted(set(_WIDTHS) - set(found))
     if missing:
@@ -188,12 +192,13 @@ def _rows_of(file: h5py.File, split: str) -> np.ndarray:
 
 
 def _entry_rows(file: h5py.File, entry: np.void) -> np.ndarray:
-    reference = entry["indices"] if "indices" in entry.dtype.names else None
+    reference = _optional(entry, "indices", None)
     return file[reference][:] if reference else np.arange(entry["start"], entry["stop"])
 
 
-def _available(entry: np.void) -> bool:
-    return bool(entry["available"]) if "available" in entry.dtype.names else True
+def _optional(entry: np.void, field: str, default: object) -> Any:
+    """A field that old versions of Fuel did not write."""
+    return entry[field] if field in (entry.dtype.names or ()) else default
 
 
 def _read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:

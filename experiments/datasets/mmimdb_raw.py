@@ -158,11 +158,9 @@ def _read_split(path: Path) -> dict[str, list[str]]:
 def _read_movie(folder: Path, name: str) -> Movie:
     path = folder / f"{name}.json"
     content = _read_json(path)
-    plots, genres = content.get("plot"), content.get("genres")
-    if not _is_texts(plots) or not any(plot.strip() for plot in plots):
-        raise InputError(f"{path}: expected a list of texts with a non-empty one under 'plot'")
-    if not _is_texts(genres):
-        raise InputError(f"{path}: expected a list of names under 'genres', found {genres!r}")
+    plots, genres = _texts(path, content, "plot"), _texts(path, content, "genres")
+    if not any(plot.strip() for plot in plots):
+        raise InputError(f"{path}: there is no text under 'plot'")
     return Movie(name, max(plots, key=len), frozenset(genres) - DROPPED, path.with_suffix(".jpeg"))
 
 
@@ -176,5 +174,9 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _texts(path: Path, content: dict, key: str) -> list[str]:
+    value = content.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{path}: expected a list of texts under {key!r}, found {kind}")
+    return value

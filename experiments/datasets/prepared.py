@@ -3,7 +3,8 @@
 A prepared data set lives in ``CACHE/<builder name>/<fingerprint>/``. The fingerprint covers the
 source files and the builder's version, so changed sources are prepared anew. The folder appears by
 one rename, after everything in it was written and its checksums recorded: a build that dies half
-way leaves nothing that could be taken for whole, and damage on disk is noticed before reading.
+way leaves nothing that could be taken for whole (only an ``incomplete-*`` folder, free to delete),
+and damage on disk is noticed before reading.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ CACHE_VARIABLE = "DEQ_FUSION_CACHE"
 _CHECKSUMS = "checksums.json"
 
 
-class SourceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class SourceBuilder(  # type: ignore[call-arg]  # an option of TFDS's registry, unknown to mypy
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """A TFDS builder that reads one source, given at construction; rows stay in source order."""
 
     def __init__(self, source: object, **kwargs):

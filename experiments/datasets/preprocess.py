@@ -31,7 +31,7 @@ def min_max(train: Split, *others: Split) -> tuple[Split, ...]:
 
     A feature that is constant in train becomes 0 there. Other splits may leave the interval.
     """
-    scaled = [{} for _ in (train, *others)]
+    scaled: list[dict[str, np.ndarray]] = [{} for _ in (train, *others)]
     for modality, values in train.inputs.items():
         low, high = values.min(axis=0), values.max(axis=0)
         width = np.where(high > low, high - low, 1).astype(values.dtype)

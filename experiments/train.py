@@ -1,0 +1,224 @@
+"""`fit`: train a model on data that live on the device, one compiled scan an epoch.
+
+Parameters, optimiser state, step counter and key are one pytree, and every random number is
+derived from the key and the step, so a run that stops and resumes is the uninterrupted one bit
+for bit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from deq_fusion_jax import FusionOutput, SolveStats
+from experiments.datasets import Split
+
+PyTree = Any
+Metrics = dict[str, float]
+
+
+class Prediction(NamedTuple):
+    """What a model of an experiment returns from (inputs, train).
+
+    Attributes:
+      logits: [N, C].
+      fusion: the fusion's own output.
+      extras: whatever else the experiment's loss needs.
+    """
+
+    logits: jax.Array
+    fusion: FusionOutput
+    extras: Any = None
+
+
+class Variables(NamedTuple):
+    """What a model has learned."""
+
+    params: PyTree
+    batch_stats: PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    variables: Variables
+    optimiser: PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn.
+
+    Attributes:
+      model: (inputs, train=…) → `Prediction`.
+      loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
+      metrics: (labels, probabilities) → {name: value}.
+      probabilities: logits → probabilities.
+      monitor: the validation metric that selects the epoch.
+      jacobian_weight: γ; γ × the Jacobian penalty is added to the loss.
+    """
+
+    model: nn.Module
+    loss: Callable[[Prediction, jax.Array], jax.Array]
+    metrics: Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
+    probabilities: Callable[[np.ndarray], np.ndarray]
+    monitor: str
+    jacobian_weight: float = 0.0
+
+
+class Fitted(NamedTuple):
+    """The outcome of `fit`.
+
+    Attributes:
+      best: variables of the best epoch by validation.
+      last: the state after the last epoch.
+      history: one row an evaluation, see `fit`.
+      epoch: of `best`.
+    """
+
+    best: Variables
+    last: TrainState
+    history: list[dict[str, Any]]
+    epoch: int
+
+
+def init_state(
+    task: Task, optimiser: optax.GradientTransformation, inputs: PyTree, seed: int
+) -> TrainState:
+    """The state before the first step; the parameters depend on the seed alone."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+    sample = jax.tree.map(lambda x: x[:2], inputs)
+    variables = jax.jit(task.model.init)(init_key, sample)
+    params = variables["params"]
+    variables = Variables(params, variables.get("batch_stats", {}))
+    return TrainState(variables, optimiser.init(params), jnp.zeros((), jnp.int32), key)
+
+
+def train_step(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    inputs: PyTree,
+    labels: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step on a batch, and what it saw."""
+    dropout, jacobian = jax.random.split(jax.random.fold_in(state.key, state.step))
+    rngs = {"dropout": dropout}
+    if task.jacobian_weight:
+        rngs["jacobian"] = jacobian
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+        prediction, updated = task.model.apply(
+            {"params": params, "batch_stats": state.variables.batch_stats},
+            inputs,
+            train=True,
+            rngs=rngs,
+            mutable=["batch_stats"],
+        )
+        loss = task.loss(prediction, labels)
+        seen = {"loss": loss, **solver_means(prediction.fusion.stats)}
+        if prediction.fusion.jacobian_penalty is not None:
+            seen["jacobian_penalty"] = prediction.fusion.jacobian_penalty
+            loss = loss + task.jacobian_weight * prediction.fusion.jacobian_penalty
+        return loss, (updated.get("batch_stats", {}), seen)
+
+    grads, (batch_stats, seen) = jax.grad(objective, has_aux=True)(state.variables.params)
+    updates, optimiser_state = optimiser.update(grads, state.optimiser, state.variables.params)
+    variables = Variables(optax.apply_updates(state.variables.params, updates), batch_stats)
+    seen["gradient_norm"] = optax.tree.norm(grads)
+    return TrainState(variables, optimiser_state, state.step + 1, state.key), seen
+
+
+def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:
+    """Fraction converged, mean and largest step count and largest residual of a batch."""
+    if stats is None:
+        return {}
+    return {
+        "converged": jnp.mean(stats.converged),
+        "mean_steps": jnp.mean(stats.steps),
+        "max_steps": jnp.max(stats.steps),
+        "residual": jnp.max(stats.residual),
+    }
+
+
+@partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)
+def run_epochs(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    data: Split,
+    batch_size: int,
+    epochs: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`epochs` passes over shuffled data as one scan; returns what every step saw, [steps]."""
+    rows = len(data.labels)
+    batches = rows // batch_size
+
+    def order(epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 1), epoch)
+        return jax.random.permutation(key, rows)[: batches * batch_size]
+
+    first = state.step // batches
+    order_of_all = jax.vmap(order)(first + jnp.arange(epochs)).reshape(-1, batch_size)
+
+    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        inputs, labels = jax.tree.map(lambda x: x[batch], tuple(data))
+        return train_step(task, optimiser, state, inputs, labels)
+
+    return jax.lax.scan(step, state, order_of_all)
+
+
+class Evaluation(NamedTuple):
+    """A model on a whole split, on the host.
+
+    Attributes:
+      probabilities: [N, C].
+      metrics: of the task.
+      loss: mean over the rows.
+      stats: `SolveStats` over all rows, None where nothing is solved.
+      gates: {modality: [N]} mean |α_i| over a sample's channels, None where there are none.
+    """
+
+    probabilities: np.ndarray
+    metrics: Metrics
+    loss: float
+    stats: SolveStats | None
+    gates: dict[str, np.ndarray] | None
+
+
+def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 256) -> Evaluation:
+    """Runs the model on a split in batches; a row's result does not depend on its batch."""
+    rows = len(split.labels)
+    padded = -(-rows // batch_size) * batch_size
+    index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
+    logits, stats, gates, losses = _predict(task, variables, split, index)
+    host = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows],
+                        (logits, stats, gates))
+    logits, stats, gates = host
+    weights = np.minimum(batch_size, rows - np.arange(len(index)) * batch_size)
+    probabilities = task.probabilities(logits)
+    labels = np.asarray(split.labels)
+    metrics = dict(task.metrics(labels, probabilities))
+    return Evaluation(probabilities, metrics, float(np.average(losses, weights=weights)), stats, gates)
+
+
+@partial(jax.jit, static_argnames=("task",))
+def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> tuple[Any, ...]:
+    def batch(rows: jax.Array) -> tuple[Any, ...]:
+        inputs, labels = jax.tree.map(lambda x: x[rows], tuple(split))
+        prediction = task.model.apply(variables._asdict(), inputs, train=False)
+        fusion = prediction.fusion
+        gates = jax.tree.map(
+            lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
+        )
+        return prediction.logits, fusion.stats, gates, task.loss(prediction, labels)
+
+    return jax.lax.map(batch, index)
