@@ -39,6 +39,9 @@ class Solver(Protocol):
 
 # --- the part that all solvers share ---------------------------------------------------------
 
+# A sample stalls when STALL evaluations in a row leave its residual above PROGRESS × what it was.
+PROGRESS, STALL = 0.9, 6
+
 
 class _State(NamedTuple):
     """State of `_PerSample`, one entry per sample b; jaxopt reads `iter_num` and `error`."""
@@ -50,6 +53,8 @@ class _State(NamedTuple):
     steps: jax.Array  # [B] evaluations used
     active: jax.Array  # [B] not finished yet
     age: jax.Array  # [B] evaluations since the start or the last restart
+    milestone: jax.Array  # [B] residual at the last marked progress
+    since: jax.Array  # [B] evaluations since then
     memory: Any  # what the proposal remembers
     trace: jax.Array | None  # [max_steps, B]
 
@@ -89,6 +94,8 @@ class _PerSample(IterativeSolver):
             steps=jnp.zeros(batch, jnp.int32),
             active=jnp.ones(batch, bool),
             age=jnp.zeros(batch, jnp.int32),
+            milestone=jnp.full(batch, jnp.inf, z.dtype),
+            since=jnp.zeros(batch, jnp.int32),
             memory=self.config.remember(z),
             trace=jnp.full(shape, jnp.nan, z.dtype) if self.config.trace else None,
         )
@@ -113,9 +120,17 @@ class _PerSample(IterativeSolver):
         unfinished = active & ~stuck & ~(residual <= self.tol)
         age = jnp.where(finite, state.age + 1, 0)
         memory, proposal = self.config.propose(state.memory, state.iter_num, age, z, fz)
+
+        # Mixing can come to rest where the residual has a minimum that is no fixed point, and the
+        # plain iteration walks on. So a sample that stalls alternates between the two.
+        progress = residual < PROGRESS * state.milestone
+        milestone = jnp.where(progress, residual, state.milestone)
+        since = jnp.where(progress, 0, state.since + 1)
+        stalled = (since // STALL) % 2 == 1
         plain = z + self.config.damping * (fz - z)
-        usable = jnp.all(jnp.isfinite(proposal), axis=1, keepdims=True)  # singular mixing: plain
-        proposal = jnp.where(finite[:, None], jnp.where(usable, proposal, plain), best)
+        usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~stalled  # not finite: singular mixing
+        proposal = jnp.where(usable[:, None], proposal, plain)
+        proposal = jnp.where(finite[:, None], proposal, best)
         z_next = jnp.where(unfinished[:, None], self.round(proposal), z)
 
         return OptStep(
@@ -128,6 +143,8 @@ class _PerSample(IterativeSolver):
                 steps=state.steps + active,
                 active=unfinished,
                 age=age,
+                milestone=milestone,
+                since=since,
                 memory=memory,
                 trace=trace,
             ),

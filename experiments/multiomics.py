@@ -22,7 +22,7 @@ class OmicsModel(nn.Module):
         feats, extras = {}, {}
         for name, x in inputs.items():
             h, gate = OmicsEncoder(self.hidden, self.dropout, name=f"encode_{name}")(x, train)
-            conf = nn.Dense(1, name=f"confidence_{name}")(h)
+            conf = nn.Dense(1, bias_init=nn.initializers.constant(1 / self.classes), name=f"confidence_{name}")(h)
             logit = nn.Dense(self.classes, name=f"classify_{name}")(h)
             extras[name] = (gate, conf[:, 0], logit)
             feats[name] = h * conf

@@ -5,6 +5,7 @@ derived from the key and the step, so a run that stops and resumes is the uninte
 for bit.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 
 from deq_fusion_jax import FusionOutput, SolveStats
+from experiments.checkpoint import Checkpoints
 from experiments.datasets import Split
 
 PyTree = Any
@@ -74,20 +76,122 @@ class Task:
     jacobian_weight: float = 0.0
 
 
+class Schedule(NamedTuple):
+    """How long to train.
+
+    Attributes:
+      epochs: passes over the training rows, at most.
+      batch_size: rows a step; a last incomplete batch of an epoch is left out (the order changes
+        every epoch). More than there are rows means all rows.
+      evaluate_every: epochs between two evaluations on the validation split.
+      patience: evaluations without a gain after which training stops; None: never.
+    """
+
+    epochs: int
+    batch_size: int
+    evaluate_every: int = 1
+    patience: int | None = None
+
+
 class Fitted(NamedTuple):
     """The outcome of `fit`.
 
     Attributes:
-      best: variables of the best epoch by validation.
-      last: the state after the last epoch.
-      history: one row an evaluation, see `fit`.
-      epoch: of `best`.
+      best: variables of the best evaluation by validation.
+      last: the state after the last step.
+      history: one row an evaluation; see `fit`.
+      best_epoch: epoch of `best`.
     """
 
     best: Variables
     last: TrainState
     history: list[dict[str, Any]]
-    epoch: int
+    best_epoch: int
+
+
+def fit(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    train: Split,
+    validation: Split,
+    schedule: Schedule,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Fitted:
+    """Trains until `schedule` says stop, and keeps the variables that do best on validation.
+
+    Every evaluation, the one before the first step included, appends a row to the history,
+    {"epoch", "loss", "validation": {metric: value}, "solver": {…} of the validation rows, "train":
+    {…} means over the steps since the last row, "gates", "seconds"}, hands it to `report` and
+    saves a checkpoint. Where `checkpoints` holds any, training goes on from the newest whole one.
+    Training that has produced a NaN stops there.
+    """
+    batch_size = min(schedule.batch_size, len(train.labels))
+    train, validation = jax.device_put((train, validation))
+    state = init_state(task, optimiser, train.inputs, seed)
+    best, best_epoch, history = _copy(state.variables), 0, []
+    saved = checkpoints and checkpoints.restore({"state": state, "best": best})
+    if saved:
+        _, tree, metadata = saved
+        state, best = tree["state"], tree["best"]
+        history, best_epoch = metadata["history"], metadata["best_epoch"]
+
+    def evaluate_now(seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
+        result = evaluate(task, state.variables, validation)
+        means = {name: float(np.mean(value)) for name, value in seen.items()}
+        return {
+            "epoch": history[-1]["epoch"] + schedule.evaluate_every if history else 0,
+            "loss": means.get("loss"),
+            "validation": {**result.metrics, "loss": result.loss},
+            "solver": _floats(solver_means(result.stats)) or None,
+            "train": means,
+            "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
+            "seconds": seconds,
+        }
+
+    if not history:
+        history.append(evaluate_now({}, 0.0))
+    for row in history:
+        report(row)
+    while history[-1]["epoch"] < schedule.epochs and not _is_over(history, best_epoch, schedule):
+        start = time.monotonic()
+        state, seen = run_epochs(
+            task, optimiser, state, train, batch_size, schedule.evaluate_every
+        )
+        row = evaluate_now(seen, 0.0)
+        row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
+        score, highest = (r["validation"][task.monitor] for r in (row, history_at(history, best_epoch)))
+        if best_epoch == 0 or score > highest:
+            best, best_epoch = _copy(state.variables), row["epoch"]
+        history.append(row)
+        if checkpoints:
+            metadata = {"history": history, "best_epoch": best_epoch}
+            checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
+        report(row)
+    return Fitted(best, state, history, best_epoch)
+
+
+def history_at(history: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
+    """The row of an epoch."""
+    return next(row for row in history if row["epoch"] == epoch)
+
+
+def _is_over(history: list[dict[str, Any]], best_epoch: int, schedule: Schedule) -> bool:
+    """Whether patience has run out, or the loss is not finite any more."""
+    if history[-1]["loss"] is not None and not np.isfinite(history[-1]["loss"]):
+        return True
+    since = sum(row["epoch"] > best_epoch for row in history)
+    return schedule.patience is not None and since >= schedule.patience
+
+
+def _copy(tree: PyTree) -> PyTree:
+    """Fresh buffers: those of the training state are donated to its next step."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _floats(tree: PyTree) -> PyTree:
+    return jax.tree.map(float, tree)
 
 
 def init_state(

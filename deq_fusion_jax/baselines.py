@@ -1,0 +1,301 @@
+"""The other fusions, called the same way as `DEQFusion`: (inputs, mask, train) → `FusionOutput`.
+
+`inputs` are {modality: [B, …, d_i]}, alike but for d_i, and `mask` tells which modalities a sample
+has, as in `DEQFusion`; `fused` is [B, …, features]. A missing modality may hold anything, NaN
+included, and leaves the fusion: masking it is the same as applying the same parameters to the
+inputs without it. What a fusion does not have is None in the output. Modalities are taken in
+alphabetical order, whatever the order of the dict.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from deq_fusion_jax.diagnostics import jacobian_penalty
+from deq_fusion_jax.fusion import (
+    DEQFusion,
+    FusionCell,
+    FusionOutput,
+    FusionState,
+    Inject,
+    Mask,
+    Modalities,
+    as_function,
+    dense,
+    presence,
+)
+from deq_fusion_jax.solvers import relative_residual
+from deq_fusion_jax.state import ravel
+from deq_fusion_jax.stats import SolveStats
+
+
+class _Baseline(nn.Module):
+    """What the fusions without a cell share; each of them is its `fuse`.
+
+    Attributes:
+      features: width of the fused features.
+      dropout: rate on the fused features with `train=True`, from the rng "dropout".
+      dtype: computation dtype.
+    """
+
+    features: int
+    _: KW_ONLY
+    dropout: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Modalities, mask: Mask = None, train: bool = False) -> FusionOutput:
+        present = presence(inputs, mask)
+        dtype = self.dtype or jnp.result_type(*inputs.values())
+        x = {i: jnp.where(present[i] > 0, inputs[i], 0).astype(dtype) for i in sorted(inputs)}
+        fused, gates = self.fuse(x, {i: present[i].astype(dtype) for i in x})
+        fused = nn.Dropout(self.dropout)(fused, deterministic=not train)
+        return FusionOutput(fused, gates=gates)
+
+    def fuse(self, x: Modalities, present: Modalities) -> tuple[jax.Array, Modalities | None]:
+        """The fused features and the gates from x_i, 0 where missing, and presence [B, 1, …]."""
+        raise NotImplementedError
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """x if it is `features` wide already, else through a linear layer."""
+        d = self.features
+        return x if x.shape[-1] == d else dense(d, 1, self.dtype, f"project_{name}")(x)
+
+
+class Unimodal(_Baseline):
+    """The modality of that name alone, projected if its width differs; 0 where it is missing."""
+
+    modality: str
+
+    def fuse(self, x, present):
+        m = self.modality
+        if m not in x:
+            raise ValueError(f"no modality {m!r} in the inputs; choose from {list(x)}.")
+        return present[m] * self.project(m, x[m]), None
+
+
+class Sum(_Baseline):
+    """Σ_i x_i over the modalities present, each projected to `features` if its width differs."""
+
+    def fuse(self, x, present):
+        return sum(present[i] * self.project(i, x[i]) for i in x), None
+
+
+class ConcatDense(nn.Module):
+    """W [x_1; …; x_M] + b = Σ_i W_i x_i + b, a linear layer on the concatenated modalities.
+
+    W is stored as one block W_i [d_i, features] per modality, so that the same parameters serve
+    any subset of them. All start from U(±1/√Σ_i d_i).
+    """
+
+    features: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Modalities) -> jax.Array:
+        x = jnp.concatenate(list(inputs.values()), axis=-1)
+        d, bound = self.features, x.shape[-1] ** -0.5
+        init = partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
+        blocks = [self.param(f"kernel_{i}", init, (inputs[i].shape[-1], d)) for i in inputs]
+        bias = self.param("bias", init, (d,))
+        x, kernel, bias = promote_dtype(x, jnp.concatenate(blocks), bias, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+class Concat(_Baseline):
+    """ReLU(W [x_1; …; x_M] + b), with zeros in the place of a missing modality.
+
+    Without the ReLU this would be the `Sum` of projected modalities once more.
+    """
+
+    def fuse(self, x, present):
+        return nn.relu(ConcatDense(self.features, self.dtype, name="dense")(x)), None
+
+
+class GMU(_Baseline):
+    """Gated multimodal unit: h = Σ_i z_i ⊙ h_i over the modalities present, with
+
+        h_i = tanh(W_i x_i + b_i),   z_i = σ(W_zi [x_1; …; x_M] + b_zi),
+
+    zeros in the place of a missing x_i. `gates` are the z_i, [B, …, features].
+
+    Attributes:
+      tied: z = softmax over the modalities present in place of the independent sigmoids. For two
+        modalities that is the paper's bimodal unit, h = z ⊙ h_1 + (1 − z) ⊙ h_2.
+
+    Source: Arevalo et al., "Gated Multimodal Units for Information Fusion", 2017; biases added.
+    """
+
+    tied: bool = False
+
+    def fuse(self, x, present):
+        h = {i: nn.tanh(dense(self.features, 1, self.dtype, f"encode_{i}")(x[i])) for i in x}
+        z = jnp.stack([ConcatDense(self.features, self.dtype, name=f"gate_{i}")(x) for i in x])
+        here = jnp.stack(list(present.values()))
+        # A finite floor: a sample with no modality at all gets 0, not NaN.
+        floored = jnp.where(here > 0, z, jnp.finfo(z.dtype).min)
+        z = nn.softmax(floored, axis=0) if self.tied else nn.sigmoid(z)
+        gates = dict(zip(x, here * z, strict=True))
+        return sum(gates[i] * h[i] for i in x), gates
+
+
+class LowRank(_Baseline):
+    """Low-rank multimodal fusion (LMF): h = Σ_r w_r Π_i (W_i^r [x_i; 1]) + b.
+
+    The contraction of [x_1; 1] ⊗ … ⊗ [x_M; 1] with the weight tensor Σ_r w_r W_1^r ⊗ … ⊗ W_M^r,
+    which is never formed. A missing modality leaves the product. The start, W from N(0, 1/(d_i+1))
+    and w_r = 1/√rank, gives h unit variance for inputs of unit scale, whatever M is.
+    Parameters: `factor_<modality>` [rank, d_i + 1, features], `weights` [rank], `bias` [features].
+
+    Source: Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors", 2018.
+    """
+
+    rank: int = 4
+
+    def fuse(self, x, present):
+        _at_least_one(self, "rank")
+        start = nn.initializers.constant(self.rank**-0.5)
+        weights = self.param("weights", start, (self.rank,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        product = weights[:, None]  # with every factor [B, …, rank, features]
+        for i in x:
+            shape = (self.rank, x[i].shape[-1] + 1, self.features)
+            init = nn.initializers.normal(shape[1] ** -0.5)
+            factor = self.param(f"factor_{i}", init, shape, jnp.float32)
+            xi, factor, product = promote_dtype(x[i], factor, product, dtype=self.dtype)
+            y = jnp.einsum("...d,rdf->...rf", xi, factor[:, :-1]) + factor[:, -1]
+            product = product * jnp.where(present[i][..., None] > 0, y, 1)
+        return jnp.sum(product, axis=-2) + bias.astype(product.dtype), None
+
+
+class Attention(_Baseline):
+    """One layer of self-attention over the modalities as tokens, and their mean:
+
+        t_i = x_i + e_i,   h = mean_i (t_i + MHA(LN(t))_i)
+
+    over the modalities present; x_i is projected if its width differs and e_i is learned. In
+    [B, T, d] every position attends to the modalities at the same position. The attention has no
+    biases: a key's would never get a gradient.
+
+    Attributes:
+      heads: of the attention, a divisor of `features`.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, §3.2; normalised before, not after.
+    """
+
+    heads: int = 4
+
+    def fuse(self, x, present):
+        if self.heads < 1 or self.features % self.heads:
+            raise ValueError(f"features={self.features} is no multiple of heads={self.heads}.")
+        init, d = nn.initializers.normal(0.02), self.features
+        e = jnp.stack([self.param(f"embedding_{i}", init, (d,), jnp.float32) for i in x])
+        t = jnp.stack([self.project(i, x[i]) for i in x], axis=-2)
+        t = sum(promote_dtype(t, e, dtype=self.dtype))  # [B, …, M, features]
+        here = jnp.stack(list(present.values()), axis=-2)  # [B, 1, …, M, 1]
+        normalised = nn.LayerNorm(use_fast_variance=False, dtype=self.dtype, name="norm")(t)
+        attend = nn.MultiHeadDotProductAttention(
+            self.heads, dtype=self.dtype, use_bias=False, name="attention"
+        )
+        t = t + attend(normalised, mask=here[..., None, None, :, 0] > 0)  # [.., head, query, key]
+        return jnp.sum(here * t, axis=-2) / jnp.maximum(jnp.sum(here, axis=-2), 1), None
+
+
+class WeightTied(nn.Module):
+    """The weight-tied unroll: `steps` steps z_{k+1} = f(z_k) from z_0 = 0, by backpropagation.
+
+    f is the cell of `DEQFusion` with the same parameters ("inject" and "cell"), so each takes the
+    other's variables. The output is as `DEQFusion`'s; `stats` have the relative residual of the
+    returned z, one more evaluation of f.
+
+    Attributes:
+      tol: relative residual at which `stats.converged` is True; it changes no step.
+      remat: recompute the inside of a step in the backward pass instead of storing it.
+      groups and all below: see `DEQFusion`.
+    """
+
+    features: int
+    steps: int = 10
+    tol: float = 1e-4
+    remat: bool = False
+    groups: int = 4
+    gate_scale: float = 0.25
+    residual_scale: float = 0.25
+    lift: float = 2.0
+    activation_last: bool = False
+    dropout: float = 0.0
+    jacobian_probes: int = 2
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Modalities, mask: Mask = None, train: bool = False) -> FusionOutput:
+        _at_least_one(self, "steps")
+        inject = Inject(self.features, self.lift, self.dropout, self.dtype, name="inject")
+        injection = inject(inputs, mask, train)
+        cell = FusionCell(
+            tuple(sorted(inputs)),
+            self.features,
+            self.groups,
+            self.gate_scale,
+            self.residual_scale,
+            self.activation_last,
+            self.dtype,
+            name="cell",
+        )
+        z = jax.tree.map(jnp.zeros_like, FusionState(injection.modalities, injection.fused))
+        if self.is_initializing():
+            cell(z, injection)  # creates the parameters
+        f, variables = as_function(cell)
+        problem = (variables, injection)
+        step = jax.checkpoint(f, prevent_cse=False) if self.remat else f
+        z = jax.lax.scan(lambda z, _: (step(z, *problem), None), z, length=self.steps)[0]
+        penalty = None
+        if self.has_rng("jacobian"):
+            key = self.make_rng("jacobian")
+            penalty = jacobian_penalty(f, z, *problem, key=key, probes=self.jacobian_probes)
+        held = jax.lax.stop_gradient((z, *problem))
+        residual = relative_residual(ravel(f(*held)), ravel(held[0]))
+        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
+        steps = jnp.full(residual.shape, self.steps, jnp.int32)
+        stats = SolveStats(steps, residual, residual <= self.tol)
+        return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
+
+
+def _at_least_one(module: nn.Module, name: str) -> None:
+    if (value := getattr(module, name)) < 1:
+        raise ValueError(f"{type(module).__name__}({name}={value}): expected at least 1.")
+
+
+FUSIONS: dict[str, Callable[..., nn.Module]] = {
+    "deq": DEQFusion,
+    "weight_tied": WeightTied,
+    "concat": Concat,
+    "sum": Sum,
+    "gmu": GMU,
+    "lmf": LowRank,
+    "attention": Attention,
+}
+
+
+def make_fusion(name: str, features: int, modalities: Sequence[str], **options: Any) -> nn.Module:
+    """The fusion that the command line calls `name`: a key of `FUSIONS`, or one modality alone.
+
+    `options` are fields of that fusion. For two modalities "gmu" is the paper's bimodal unit.
+
+    Raises:
+      ValueError: nothing has that name; the message lists the choices.
+      TypeError: the fusion has no such option.
+    """
+    if name == "gmu":
+        options = {"tied": len(modalities) == 2, **options}
+    if name in FUSIONS:
+        return FUSIONS[name](features, **options)
+    if name in modalities:
+        return Unimodal(features, name, **options)
+    raise ValueError(f"no fusion is called {name!r}; choose from {[*FUSIONS, *modalities]}.")

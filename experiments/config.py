@@ -1,0 +1,111 @@
+"""The options that every experiment has, and the run directory that they name."""
+
+import dataclasses
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import InputError
+from experiments.report import config_to_dict, versions, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """The options that every experiment has.
+
+    Attributes:
+      data_dir: folder of the real data; None: the experiment says what it does then.
+      cache_dir: where prepared data are kept; by default ~/.cache/deq_fusion_jax.
+      fusion: deq, weight_tied, concat, sum, gmu, lmf, attention, or the name of one modality.
+      seed: of the initial weights, the order of the rows, dropout and the validation rows.
+      epochs: passes over the training rows, at most; None: the experiment's own number.
+      run_dir: where to write; by default a new folder under runs/.
+      resume: go on with the run in run_dir.
+    """
+
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    fusion: str = "deq"
+    seed: int = 0
+    epochs: int | None = None
+    run_dir: Path | None = None
+    resume: bool = False
+
+
+def open_run(experiment: str, config: CommonConfig) -> Path:
+    """The run directory: a new one, or with `resume` the one to go on with.
+
+    Raises:
+      InputError: the directory holds another experiment, another configuration, or a run that
+        was not to be resumed; or there is nothing to resume.
+    """
+    if config.run_dir is None:
+        if config.resume:
+            raise InputError("--resume needs --run-dir, the directory of the run to go on with")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{config.fusion}-seed{config.seed}"
+        run_dir = Path("runs") / experiment / name
+    else:
+        run_dir = config.run_dir.expanduser()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--run-dir {run_dir} is a file; give a directory")
+    saved = _saved_config(run_dir)
+    if saved is None:
+        if config.resume:
+            raise InputError(f"nothing to resume in {run_dir}: it holds no run (no config.json)")
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
+    else:
+        _check_same_run(run_dir, saved, experiment, config)
+    for folder in (run_dir, run_dir / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = {"experiment": experiment, "config": config_to_dict(config), "versions": versions()}
+    write_json(run_dir / "config.json", settings)
+    return run_dir
+
+
+def _saved_config(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give another --run-dir") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise InputError(f"{path} does not describe a run; give another --run-dir")
+    return saved
+
+
+def _check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonConfig) -> None:
+    """A run is resumed with the options it began with; only `epochs` may grow."""
+    if saved.get("experiment") != experiment:
+        raise InputError(
+            f"{run_dir} holds a run of experiment {saved.get('experiment')!r}, not {experiment!r}; "
+            "give another --run-dir"
+        )
+    if not config.resume:
+        raise InputError(f"{run_dir} holds a run already; add --resume to go on with it")
+    free = ("resume", "run_dir", "epochs", "cache_dir", "data_dir")
+    now = config_to_dict(config)
+    for name in sorted((now.keys() | saved["config"].keys()) - set(free)):
+        before, after = saved["config"].get(name), now.get(name)
+        if before != after:
+            raise InputError(
+                f"{run_dir} was run with {name} = {before}, not {after}; resume it with the same "
+                "options or give another --run-dir"
+            )
+
+
+def command_line(experiment: str, config: CommonConfig) -> str:
+    """The command line that repeats the run."""
+    words = ["python", "-m", f"experiments.{experiment}"]
+    defaults = type(config)()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("resume", "run_dir") and value != getattr(defaults, field.name):
+            words += [f"--{field.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -1,0 +1,214 @@
+"""MM-IMDB: the genres of a movie from its plot and its poster (paper §4, MM-IMDB).
+
+    python -m experiments.mmimdb                         the built-in sample (synthetic), no network
+    python -m experiments.mmimdb --data-dir DIR          multimodal_imdb.hdf5, or the raw mmimdb/
+    python -m experiments.mmimdb --download              fetches multimodal_imdb.hdf5 first
+
+Features go through maxout networks, raw posters and plots through a small CNN and a small text
+encoder; the fusion is followed by one linear layer. Binary cross-entropy plus γ × the Jacobian
+penalty; AdamW, the fusion at a tenth of the rate. On the real data the defaults are those of the
+paper's code, and the result to expect is a micro-F1 around 0.6 and a macro-F1 above 0.5.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from deq_fusion_jax.baselines import make_fusion
+from deq_fusion_jax.solvers import Anderson
+from experiments.cli import parse
+from experiments.config import CommonConfig
+from experiments.datasets import Dataset, Split, mmimdb
+from experiments.datasets.text import build_vocabulary, encode
+from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
+from experiments.errors import exit_cleanly
+from experiments.evaluate import Results, frequent_labels_floor, multilabel_metrics
+from experiments.run import Job, execute
+from experiments.train import Prediction, Schedule, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    """Genres of movies from plot and poster; without --data-dir, a built-in synthetic sample.
+
+    Options left at None take the value of `REAL`, or of `SAMPLE` for the built-in sample.
+
+    Attributes:
+      variant: features or raw, where data_dir has both.
+      features_npz: precomputed features (BERT, ResNet, …) in place of the data's own, matched by
+        "ids"; arrays "text" and/or "image" [N, d].
+      download: fetch the data from archive.org first.
+      features: d, the width of the fusion.
+      hidden: widths of the first layers of the text and the image encoder.
+      dropout: rate in the encoders.
+      batch_size: rows a step.
+      learning_rate: of AdamW.
+      fusion_rate: the fusion's learning rate over learning_rate.
+      weight_decay: of AdamW.
+      jacobian_weight: γ.
+      patience: epochs without a better validation macro-F1 before training stops.
+      tol: relative residual at which the solver is done.
+      max_steps: solver steps, at most.
+      vocabulary: words of the raw plots that are told apart.
+      plot_length: words of a raw plot that are read.
+    """
+
+    variant: Literal["features", "raw"] | None = None
+    features_npz: Path | None = None
+    download: bool = False
+    features: int | None = None
+    hidden: tuple[int, int] | None = None
+    dropout: float | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    fusion_rate: float | None = None
+    weight_decay: float | None = None
+    jacobian_weight: float | None = None
+    patience: int | None = None
+    tol: float = 1e-3
+    max_steps: int = 50
+    vocabulary: int = 20_000
+    plot_length: int = 200
+
+
+REAL = {  # the paper's code
+    "epochs": 100,
+    "features": 512,
+    "hidden": (512, 1024),
+    "dropout": 0.3,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "fusion_rate": 0.1,
+    "weight_decay": 1e-2,
+    "jacobian_weight": 0.1,
+    "patience": 6,
+}
+SAMPLE = REAL | {
+    "epochs": 40,
+    "features": 128,
+    "hidden": (128, 128),
+    "batch_size": 128,
+    "fusion_rate": 1.0,
+    "patience": 15,
+}
+
+
+class MMIMDBModel(nn.Module):
+    """An encoder per modality → fusion → linear: {"text", "image"} → logits [N, 23]."""
+
+    encoders: dict[str, nn.Module]
+    fusion: nn.Module
+    classes: int = 23
+
+    @nn.compact
+    def __call__(self, inputs: dict[str, jax.Array], train: bool = False) -> Prediction:
+        encoded = {name: self.encoders[name](x, train) for name, x in inputs.items()}
+        out = self.fusion(encoded, train=train)
+        return Prediction(nn.Dense(self.classes, name="head")(out.fused), out)
+
+
+def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
+    """Mean binary cross-entropy over rows and genres."""
+    return optax.sigmoid_binary_cross_entropy(prediction.logits, labels).mean()
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.sigmoid(logits))
+
+
+def with_defaults(config: Config) -> Config:
+    """The configuration with every None that has a default for this data filled in."""
+    real = config.data_dir is not None or config.download
+    defaults = REAL if real else SAMPLE
+    unset = {name: v for name, v in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)
+
+
+def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
+    """The data, ready for the device, and an encoder for each modality."""
+    dataset = mmimdb.load(
+        config.data_dir,
+        config.cache_dir,
+        config.variant,
+        config.features_npz,
+        download=config.download,
+    )
+    dataset, vocabulary = tokenised(dataset, config)
+    encoders: dict[str, nn.Module] = {}
+    for name, x in dataset.train.inputs.items():
+        width = config.hidden[0 if name == "text" else 1]
+        if x.dtype == np.int32:
+            encoders[name] = PlotEncoder(vocabulary, config.features, dropout=config.dropout)
+        elif x.ndim == 4:
+            encoders[name] = PosterCNN(config.features, dropout=config.dropout)
+        else:
+            encoders[name] = MaxoutMLP((width, config.features), config.dropout)
+    return dataset, encoders
+
+
+def tokenised(dataset: Dataset, config: Config) -> tuple[Dataset, int]:
+    """Raw plots as token ids, with the vocabulary of the training rows; features as they are."""
+    plots = dataset.train.inputs["text"]
+    if plots.ndim != 1:
+        return dataset, 0
+    vocabulary = build_vocabulary(plots, config.vocabulary)
+
+    def ids(split: Split) -> Split:
+        tokens = encode(split.inputs["text"], vocabulary, config.plot_length)
+        return split._replace(inputs={**split.inputs, "text": tokens})
+
+    splits = {name: ids(getattr(dataset, name)) for name in ("train", "validation", "test")}
+    return dataset._replace(**splits), len(vocabulary) + 2
+
+
+def optimiser(config: Config) -> optax.GradientTransformation:
+    """AdamW; the fusion's own parameters at `fusion_rate` times the learning rate."""
+    rates = {"fusion": config.learning_rate * config.fusion_rate, "rest": config.learning_rate}
+
+    def group(params: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: jax.tree.map(lambda _, name=name: "fusion" if name == "fusion" else "rest", part)
+            for name, part in params.items()
+        }
+
+    steps = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
+    return optax.multi_transform(steps, group)
+
+
+def run(config: Config) -> Results:
+    """The whole job: data, training, one look at the test rows, report."""
+    config = with_defaults(config)
+    dataset, encoders = read(config)
+    fusion = make_fusion(
+        config.fusion,
+        config.features,
+        tuple(encoders),
+        solver=Anderson(tol=config.tol, max_steps=config.max_steps),
+    )
+    task = Task(
+        MMIMDBModel(encoders, fusion, len(dataset.classes)),
+        loss,
+        multilabel_metrics,
+        probabilities,
+        monitor="macro_f1",
+        jacobian_weight=config.jacobian_weight,
+    )
+    floor = frequent_labels_floor(dataset.train.labels, dataset.test.labels)
+    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
+    job = Job("mmimdb", dataset, task, optimiser(config), schedule, {"frequent genres only": floor})
+    return execute(job, config)
+
+
+@exit_cleanly()
+def main() -> None:
+    run(parse(Config, prog="python -m experiments.mmimdb"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""One run of an experiment, from data to report, and the directory it leaves behind.
+
+```
+runs/mmimdb/20260102-030405-deq-seed0/
+  config.json     experiment, configuration, versions
+  metrics.jsonl   one line an evaluation
+  results.json    the outcome
+  report.md       the same to read, with figures/*.png
+  checkpoints/    what --resume goes on from
+```
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from deq_fusion_jax import DEQFusion
+from experiments import figures
+from experiments.checkpoint import Checkpoints
+from experiments.config import CommonConfig, command_line, open_run
+from experiments.datasets import Dataset, Split
+from experiments.evaluate import Metrics, Results, per_class_f1
+from experiments.report import (
+    config_to_dict,
+    plain,
+    print_results,
+    report_markdown,
+    write_json,
+    write_text,
+)
+from experiments.train import Evaluation, Fitted, Schedule, Task, evaluate, fit
+
+TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
+
+
+class Job(NamedTuple):
+    """What an experiment hands over to be run.
+
+    Attributes:
+      experiment: its name, as in `python -m experiments.NAME`.
+      dataset: with its validation split.
+      task, optimiser, schedule: what to learn, and how.
+      floors: further rows of the table: {name: test metrics}.
+    """
+
+    experiment: str
+    dataset: Dataset
+    task: Task
+    optimiser: optax.GradientTransformation
+    schedule: Schedule
+    floors: Mapping[str, Metrics] = {}
+
+
+def execute(job: Job, config: CommonConfig) -> Results:
+    """Trains, evaluates the best epoch once on the test split, and writes the run directory."""
+    run_dir = open_run(job.experiment, config)
+    validation = job.dataset.validation
+    assert validation is not None
+    started = time.monotonic()
+    with _progress(job, config) as show, (run_dir / "metrics.jsonl").open("w") as log:
+
+        def report(row: dict[str, Any]) -> None:
+            print(json.dumps(plain(row)), file=log, flush=True)
+            show(row)
+
+        fitted = fit(
+            job.task,
+            job.optimiser,
+            job.dataset.train,
+            validation,
+            job.schedule,
+            config.seed,
+            Checkpoints(run_dir / "checkpoints"),
+            report,
+        )
+    on_validation = evaluate(job.task, fitted.best, validation)
+    on_test = evaluate(job.task, fitted.best, job.dataset.test)
+    results = Results(
+        experiment=job.experiment,
+        dataset=job.dataset.description,
+        data=job.dataset.data,
+        fusion=config.fusion,
+        seed=config.seed,
+        selection="validation",
+        test=on_test.metrics,
+        validation=on_validation.metrics,
+        solver=_solver_summary(on_test),
+        parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
+        seconds=fitted.history[-1]["seconds"],
+    )
+    per_class = per_class_f1(job.dataset.test.labels, on_test.probabilities, job.dataset.classes)
+    write_json(run_dir / "results.json", results)
+    drawn = draw(run_dir / "figures", job, fitted, on_test)
+    text = report_markdown(
+        results,
+        config_to_dict(config),
+        fitted.history,
+        per_class,
+        command=command_line(job.experiment, config),
+        floors=job.floors,
+        figures=drawn,
+        notes=_notes(fitted, job),
+    )
+    write_text(run_dir / "report.md", text)
+    print_results(results, run_dir, per_class, floors=job.floors)
+    print(f"Done in {time.monotonic() - started:.0f} s.")
+    return results
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar over the epochs: rate, loss, validation score, share converged and mean steps."""
+
+    def __init__(self, job: Job, config: CommonConfig):
+        self.monitor, self.epochs = job.task.monitor, job.schedule.epochs
+        columns = (
+            SpinnerColumn(),
+            TextColumn("epoch {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self.bar = Progress(*columns)
+        print(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self.bar.start()
+        self.task = self.bar.add_task("compiling …", total=self.epochs)
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        parts = []
+        if row["seconds"]:
+            parts.append(f"{row['epoch'] / row['seconds']:.2f} epoch/s")
+            parts.append(f"loss {row['loss']:.3f}")
+        parts.append(f"{self.monitor.replace('_', '-')} {row['validation'][self.monitor]:.3f}")
+        if row["solver"]:
+            parts.append(f"converged {row['solver']['converged']:.1%}")
+            parts.append(f"{row['solver']['mean_steps']:.1f} steps")
+        self.bar.update(self.task, completed=row["epoch"], description=", ".join(parts))
+
+
+def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:
+    """Writes the pictures of a run; returns {path relative to the run directory: caption}."""
+    pictures = {"learning_curve": (figures.learning_curve(fitted.history), "Training, by epoch")}
+    if on_test.stats is not None:
+        pictures["solver_health"] = (
+            figures.solver_health(fitted.history),
+            "The solver on the validation rows, from before the first step to the last epoch",
+        )
+    trace = residuals_by_step(job, fitted)
+    if trace is not None:
+        pictures["residuals"] = (
+            figures.residual_trace(*trace),
+            "Relative residual against solver step, validation rows",
+        )
+    if on_test.gates:
+        pictures["gates"] = (
+            figures.gate_strength(on_test.gates),
+            "Gate strength per modality, test rows",
+        )
+    for name, (figure, _) in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    return {f"figures/{name}.png": caption for name, (_, caption) in pictures.items()}
+
+
+def residuals_by_step(job: Job, fitted: Fitted) -> tuple[np.ndarray, float] | None:
+    """[max_steps, B] residual trace of some validation rows and the tolerance; None if not DEQ."""
+    fusion = getattr(job.task.model, "fusion", None)
+    if not isinstance(fusion, DEQFusion) or not dataclasses.is_dataclass(fusion.solver):
+        return None
+    solver = dataclasses.replace(fusion.solver, trace=True)
+    model = job.task.model.clone(fusion=fusion.clone(solver=solver))
+    validation = job.dataset.validation
+    assert validation is not None
+    rows = jax.tree.map(lambda x: x[:TRACED_SAMPLES], tuple(validation))
+    result = evaluate(dataclasses.replace(job.task, model=model), fitted.best, Split(*rows), len(rows[1]))
+    return result.stats.trace, solver.tol
+
+
+def _solver_summary(result: Evaluation) -> Metrics | None:
+    if result.stats is None:
+        return None
+    return {
+        "converged": float(result.stats.converged.mean()),
+        "mean_steps": float(result.stats.steps.mean()),
+        "residual": float(result.stats.residual.max()),
+    }
+
+
+def _notes(fitted: Fitted, job: Job) -> list[str]:
+    notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
+    last = fitted.history[-1]
+    if last["loss"] is not None and not np.isfinite(last["loss"]):
+        notes.append(f"Training stopped at epoch {last['epoch']}: the loss was no longer finite.")
+    return notes

@@ -1,0 +1,64 @@
+"""Fixtures shared by the tests of the library."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_fusion_jax import FusionState
+from deq_fusion_jax.official import params_from_official
+
+GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+
+
+@pytest.fixture
+def x64():
+    """The test computes in float64."""
+    with jax.enable_x64():
+        yield
+
+
+class Golden:
+    """Weights, inputs and results of the official PyTorch module, in float64."""
+
+    def __init__(self, path):
+        with np.load(path) as file:
+            self.arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(self.arrays["meta_json"]))
+        self.features = meta["dim"]
+        self.names = tuple("abc"[: meta["num_modals"]])
+        self.inputs = {n: jnp.asarray(self.arrays[f"x{i}"]) for i, n in enumerate(self.names)}
+        self.params = self.tree("W:")
+
+    def __getitem__(self, name):
+        return self.arrays[name]
+
+    def tree(self, prefix):
+        """The arrays called prefix + weight name as our parameters; zero where there is none."""
+        weights = [name[2:] for name in self.arrays if name.startswith("W:")]
+        zeros = {name: np.zeros_like(self.arrays["W:" + name]) for name in weights}
+        found = {name: self.arrays.get(prefix + name, zeros[name]) for name in weights}
+        return params_from_official(found, self.names)
+
+    def input_tree(self, prefix):
+        """The arrays called prefix + input name; zero where there is none."""
+        return {
+            name: self.arrays.get(f"{prefix}x{i}", np.zeros_like(self.arrays[f"x{i}"]))
+            for i, name in enumerate(self.names)
+        }
+
+    def state(self, z):
+        """The official state [..., (M + 1) d] as a `FusionState`."""
+        *parts, fused = jnp.split(jnp.asarray(z), len(self.names) + 1, axis=-1)
+        return FusionState(dict(zip(self.names, parts, strict=True)), fused)
+
+
+@pytest.fixture(params=["p1_m2_d8_b5", "p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5", "p5_m3_d16_b16"])
+def golden(request, x64):
+    path = GOLDENS / f"{request.param}.npz"
+    if not path.exists():
+        pytest.skip("the goldens of the official module are not there: ../shared/goldens")
+    return Golden(path)
