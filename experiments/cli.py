@@ -12,8 +12,8 @@ from experiments.errors import InputError
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], args: Sequence[str] | None = None, prog: str | None = None) -> Config:
-    """The configuration that `args` (by default the command's own) describe.
+def parse(default: Config, args: Sequence[str], prog: str) -> Config:
+    """`default` with the options in `args` (without the program's name) changed.
 
     Raises:
       InputError: an option is unknown or its value unusable; tyro's framed text, in one line.
@@ -21,7 +21,7 @@ def parse(config: type[Config], args: Sequence[str] | None = None, prog: str | N
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=args, prog=prog)
+            return tyro.cli(type(default), args=args, prog=prog, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -29,10 +29,12 @@ def parse(config: type[Config], args: Sequence[str] | None = None, prog: str | N
 
 
 def _first_paragraph(framed: str) -> str:
-    lines = [line.strip("│╭╮╰╯ ") for line in framed.splitlines() if line.startswith("│")]
+    """The text of a framed message up to its first rule."""
     text = []
-    for line in lines:
-        if line.startswith("──"):
+    for line in framed.splitlines():
+        inner = line.strip("│╭╮╰╯ ")
+        if line.startswith("│") and inner.startswith("──"):
             break
-        text.append(line)
+        if line.startswith("│"):
+            text.append(inner)
     return f"{' '.join(text)}; --help lists the options"

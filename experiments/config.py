@@ -4,10 +4,15 @@ import dataclasses
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+
+from deq_fusion_jax import Anderson
+from deq_fusion_jax.baselines import make_fusion
 from experiments.errors import InputError
 from experiments.report import config_to_dict, versions, write_json
 
@@ -21,18 +26,39 @@ class CommonConfig:
       cache_dir: where prepared data are kept; by default ~/.cache/deq_fusion_jax.
       fusion: deq, weight_tied, concat, sum, gmu, lmf, attention, or the name of one modality.
       seed: of the initial weights, the order of the rows, dropout and the validation rows.
-      epochs: passes over the training rows, at most; None: the experiment's own number.
+      epochs: passes over the training rows, at most.
       run_dir: where to write; by default a new folder under runs/.
       resume: go on with the run in run_dir.
+      features: d, the width of the fusion.
+      jacobian_weight: γ, weight of the Jacobian penalty (deq, weight_tied).
+      tol: relative residual at which the solver is done (deq, weight_tied).
+      max_steps: solver steps, at most (deq).
     """
 
     data_dir: Path | None = None
     cache_dir: Path | None = None
     fusion: str = "deq"
     seed: int = 0
-    epochs: int | None = None
+    epochs: int = 100
     run_dir: Path | None = None
     resume: bool = False
+    features: int = 512
+    jacobian_weight: float = 0.1
+    tol: float = 1e-3
+    max_steps: int = 100
+
+
+def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
+    """The fusion that the options describe."""
+    options: dict[str, Any] = {}
+    if config.fusion == "deq":
+        options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
+    if config.fusion == "weight_tied":
+        options["tol"] = config.tol
+    try:
+        return make_fusion(config.fusion, config.features, modalities, **options)
+    except ValueError as error:
+        raise InputError(f"--fusion {config.fusion}: {error}") from error
 
 
 def open_run(experiment: str, config: CommonConfig) -> Path:
@@ -106,6 +132,12 @@ def command_line(experiment: str, config: CommonConfig) -> str:
     defaults = type(config)()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("resume", "run_dir") and value != getattr(defaults, field.name):
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+        if field.name in ("resume", "run_dir") or value == getattr(defaults, field.name):
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            parts = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *map(str, parts)]
     return shlex.join(words)

@@ -44,7 +44,7 @@ def multilabel_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
 
 
 def per_class_f1(
-    labels: ArrayLike, probabilities: ArrayLike, names: list[str]
+    labels: ArrayLike, probabilities: ArrayLike, names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """{name: {"f1", "support"}} for each of the C classes, in their order.
 

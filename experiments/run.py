@@ -184,7 +184,9 @@ def residuals_by_step(job: Job, fitted: Fitted) -> tuple[np.ndarray, float] | No
     validation = job.dataset.validation
     assert validation is not None
     rows = jax.tree.map(lambda x: x[:TRACED_SAMPLES], tuple(validation))
-    result = evaluate(dataclasses.replace(job.task, model=model), fitted.best, Split(*rows), len(rows[1]))
+    task = dataclasses.replace(job.task, model=model)
+    result = evaluate(task, fitted.best, Split(*rows), len(rows[1]))
+    assert result.stats is not None
     return result.stats.trace, solver.tol
 
 

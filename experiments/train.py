@@ -55,7 +55,7 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """What to learn.
 
@@ -156,13 +156,11 @@ def fit(
         report(row)
     while history[-1]["epoch"] < schedule.epochs and not _is_over(history, best_epoch, schedule):
         start = time.monotonic()
-        state, seen = run_epochs(
-            task, optimiser, state, train, batch_size, schedule.evaluate_every
-        )
+        state, seen = run_epochs(task, optimiser, state, train, batch_size, schedule.evaluate_every)
         row = evaluate_now(seen, 0.0)
         row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
-        score, highest = (r["validation"][task.monitor] for r in (row, history_at(history, best_epoch)))
-        if best_epoch == 0 or score > highest:
+        highest = history_at(history, best_epoch)["validation"][task.monitor]
+        if best_epoch == 0 or row["validation"][task.monitor] > highest:
             best, best_epoch = _copy(state.variables), row["epoch"]
         history.append(row)
         if checkpoints:
@@ -304,14 +302,16 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
     padded = -(-rows // batch_size) * batch_size
     index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
     logits, stats, gates, losses = _predict(task, variables, split, index)
-    host = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows],
-                        (logits, stats, gates))
+    host = jax.tree.map(
+        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows], (logits, stats, gates)
+    )
     logits, stats, gates = host
     weights = np.minimum(batch_size, rows - np.arange(len(index)) * batch_size)
     probabilities = task.probabilities(logits)
     labels = np.asarray(split.labels)
     metrics = dict(task.metrics(labels, probabilities))
-    return Evaluation(probabilities, metrics, float(np.average(losses, weights=weights)), stats, gates)
+    loss = float(np.average(losses, weights=weights))
+    return Evaluation(probabilities, metrics, loss, stats, gates)
 
 
 @partial(jax.jit, static_argnames=("task",))

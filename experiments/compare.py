@@ -1,0 +1,92 @@
+"""Several fusions, several seeds, one table.
+
+    python -m experiments.compare mmimdb --fusions deq concat sum text image --seeds 5
+    python -m experiments.compare multiomics --fusions deq concat --seeds 5 --data-dir DIR
+
+Every run gets a directory of its own below the comparison's, which holds `compare.json` (the rows
+of `results.json`, and mean and standard deviation over the seeds) and `compare.md`. Runs that are
+there already, finished, are taken as they are; unfinished ones are resumed.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments.config import CommonConfig
+from experiments.errors import InputError, exit_cleanly
+from experiments.evaluate import Results, compare_rows
+from experiments.report import comparison_table, write_json, write_text
+
+EXPERIMENTS = ("mmimdb", "multiomics")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; --help lists the options")
+
+
+def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The comparison's own options, and the rest, which are the experiment's."""
+    parser = _Parser(
+        prog="python -m experiments.compare",
+        description="Trains several fusions with several seeds and prints one table.",
+        epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
+    parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/compare")
+    options, rest = parser.parse_known_args(args)
+    if options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
+    return options, rest
+
+
+def finished(config: CommonConfig, run_dir: Path) -> Results | None:
+    """The results of a run that is there already with the same options, or None."""
+    try:
+        return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
+    """Runs what is missing and returns all rows."""
+    experiment = importlib.import_module(f"experiments.{options.experiment}")
+    base: CommonConfig = experiment.parse_args(rest)
+    folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
+    rows = []
+    for seed in range(options.seeds):
+        for fusion in options.fusions:
+            run_dir = folder / f"{fusion}-seed{seed}"
+            config = dataclasses.replace(
+                base,
+                fusion=fusion,
+                seed=seed,
+                run_dir=run_dir,
+                resume=(run_dir / "config.json").exists(),
+            )
+            rows.append(finished(config, run_dir) or experiment.run(config))
+    write_json(folder / "compare.json", {"rows": rows, "fusions": compare_rows(rows)})
+    write_text(folder / "compare.md", comparison_table(rows))
+    return rows
+
+
+@exit_cleanly()
+def main() -> None:
+    options, rest = parse_args(sys.argv[1:])
+    rows = compare(options, rest)
+    Console().print(Markdown(comparison_table(rows)))
+
+
+if __name__ == "__main__":
+    main()

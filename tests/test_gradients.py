@@ -1,0 +1,156 @@
+"""The gradient rules against closed forms in numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_fusion_jax import Anderson, Implicit, Phantom, Picard, Unrolled, deq_fixed_point
+
+N = 4
+RNG = np.random.default_rng(0)
+A = RNG.normal(size=(N, N))
+A *= 0.7 / np.abs(np.linalg.eigvals(A)).max()
+B, Z0, C = RNG.normal(size=(3, 2, N))  # offsets, start and cotangent of two samples
+SOLVER = Picard(tol=1e-13, max_steps=400)
+
+
+def linear(z, A, b):
+    return z @ A.T + b
+
+
+def gradients(rule, solver=SOLVER):
+    """∂⟨C, z*⟩/∂(A, b) for z* = A z* + b."""
+
+    def loss(A, b):
+        z, _ = deq_fixed_point(linear, jnp.asarray(Z0), A, b, solver=solver, gradient=rule)
+        return jnp.sum(C * z)
+
+    return jax.jit(jax.grad(loss, (0, 1)))(A, B)
+
+
+def series(start, steps, damping=1.0):
+    """(∂A, ∂b) through z ← (1 − λ) z + λ (A z + b) from `start`, by hand."""
+    states = [start]
+    for _ in range(steps - 1):
+        states.append((1 - damping) * states[-1] + damping * linear(states[-1], A, B))
+    to_A, to_b, u = np.zeros_like(A), np.zeros_like(B), C
+    for z in reversed(states):
+        to_A += damping * u.T @ z
+        to_b += damping * u
+        u = (1 - damping) * u + damping * u @ A
+    return to_A, to_b
+
+
+def assert_close(got, want, rtol):
+    for x, y in zip(got, want, strict=True):
+        assert np.linalg.norm(x - y) <= rtol * np.linalg.norm(y)
+
+
+def test_implicit_is_the_adjoint_equation(x64):
+    inverse = np.linalg.inv(np.eye(N) - A)
+    u, z = C @ inverse, B @ inverse.T
+    assert_close(gradients(Implicit()), (u.T @ z, u), 1e-11)
+
+
+def test_implicit_is_what_unrolling_tends_to(x64):
+    exact = gradients(Implicit())
+    assert_close(gradients(Unrolled(200)), exact, 1e-10)
+    short = gradients(Unrolled(5))
+    assert np.linalg.norm(short[1] - exact[1]) > 0.01 * np.linalg.norm(exact[1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_unrolled_is_backpropagation_from_z0(steps, x64):
+    assert_close(gradients(Unrolled(steps)), series(Z0, steps), 1e-12)
+
+
+@pytest.mark.parametrize(("steps", "damping"), [(1, 1.0), (5, 1.0), (3, 0.4)])
+def test_phantom_is_the_truncated_series_at_the_solution(steps, damping, x64):
+    z = B @ np.linalg.inv(np.eye(N) - A).T
+    assert_close(gradients(Phantom(steps, damping)), series(z, steps, damping), 1e-11)
+    # The gradient to b in closed form: λ Σ_k (λ Aᵀ + (1 − λ) I)^k C.
+    M = damping * A + (1 - damping) * np.eye(N)
+    closed = sum(damping * C @ np.linalg.matrix_power(M, k) for k in range(steps))
+    assert_close(gradients(Phantom(steps, damping))[1:], (closed,), 1e-12)
+
+
+def test_the_value_does_not_depend_on_the_rule(x64):
+    values = [
+        deq_fixed_point(linear, jnp.asarray(Z0), A, B, solver=SOLVER, gradient=rule)[0]
+        for rule in (Implicit(), Phantom(2), Unrolled(1))
+    ]
+    np.testing.assert_array_equal(values[0], values[1])
+    np.testing.assert_array_equal(values[0], values[2])
+
+
+def test_implicit_takes_its_own_solver(x64):
+    one = gradients(Implicit(solver=Picard(tol=1e-13, max_steps=2)))
+    # The second of two evaluations is at u = C + Aᵀ C.
+    z = B @ np.linalg.inv(np.eye(N) - A).T
+    u = C + C @ A
+    residuals = [np.linalg.norm(v @ A + C - v, axis=1) / np.linalg.norm(v @ A + C, axis=1) for v in (C, u)]
+    assert (residuals[1] < residuals[0]).all()
+    assert_close(one, (u.T @ z, u), 1e-12)
+    other = gradients(Implicit(solver=Anderson(tol=1e-12, max_steps=100, history=3)))
+    assert_close(other, gradients(Implicit()), 1e-10)
+
+
+@pytest.mark.parametrize("rule", [Implicit(), Phantom(3, 0.7), Unrolled(6)])
+def test_every_rule_is_differentiable(rule, x64):
+    """Reverse over reverse against finite differences of the gradient."""
+
+    def f(z, b):
+        return 0.5 * jnp.tanh(z @ A.T) + b
+
+    @jax.jit
+    def gradient(b):
+        def loss(b):
+            return jnp.sum(C * deq_fixed_point(f, Z0, b, solver=SOLVER, gradient=rule)[0] ** 2)
+
+        return jax.grad(loss)(b)
+
+    rng = np.random.default_rng(1)
+    b, v, w = rng.normal(size=(3, 2, N))
+    got = jax.jit(jax.grad(lambda b: jnp.sum(gradient(b) * v)))(b)
+    h = 1e-6
+    want = np.sum((gradient(b + h * w) - gradient(b - h * w)) * v) / (2 * h)
+    if isinstance(rule, Implicit):
+        assert np.sum(got * w) == pytest.approx(want, rel=1e-6)
+    else:
+        # z* inside such a gradient is itself differentiated by the rule, so that the second
+        # derivative is as truncated as the first; it is finite and near the exact one.
+        assert np.sum(got * w) == pytest.approx(want, rel=0.5)
+
+
+def test_rules_are_static_values():
+    for rule, same, other in [
+        (Implicit(), Implicit(), Implicit(solver=Picard())),
+        (Phantom(5), Phantom(5, 1.0), Phantom(5, 0.5)),
+        (Unrolled(30), Unrolled(), Unrolled(3)),
+    ]:
+        assert rule == same and hash(rule) == hash(same) and rule != other
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            rule.steps = 3
+
+    @jax.jit
+    def double(z):
+        return 2 * z
+
+    def call(z, rule):
+        return double(deq_fixed_point(lambda z: 0.5 * z, z, solver=Picard(), gradient=rule)[0])
+
+    jax.jit(call, static_argnames="rule")(jnp.ones((1, 1)), rule=Implicit(solver=Picard()))
+
+
+def test_wrong_options():
+    for rule in (Phantom, Unrolled):
+        with pytest.raises(ValueError, match=rf"{rule.__name__}\(steps=0\)"):
+            rule(steps=0)
+        with pytest.raises(TypeError, match="depth"):
+            rule(depth=3)
+    for damping in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"Phantom\(damping="):
+            Phantom(damping=damping)
