@@ -39,8 +39,9 @@ class Solver(Protocol):
 
 # --- the part that all solvers share ---------------------------------------------------------
 
-# A sample stalls when STALL evaluations in a row leave its residual above PROGRESS × what it was.
-PROGRESS, STALL = 0.9, 6
+# A sample stalls when MIXED evaluations in a row leave its residual above PROGRESS × what it was.
+# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress.
+PROGRESS, MIXED, PLAIN = 0.9, 6, 18
 
 
 class _State(NamedTuple):
@@ -121,12 +122,12 @@ class _PerSample(IterativeSolver):
         age = jnp.where(finite, state.age + 1, 0)
         memory, proposal = self.config.propose(state.memory, state.iter_num, age, z, fz)
 
-        # Mixing can come to rest where the residual has a minimum that is no fixed point, and the
-        # plain iteration walks on. So a sample that stalls alternates between the two.
+        # Mixing can come to rest where the residual has a minimum that is no fixed point; plain
+        # iteration walks on. So a sample that stalls alternates between the two.
         progress = residual < PROGRESS * state.milestone
         milestone = jnp.where(progress, residual, state.milestone)
         since = jnp.where(progress, 0, state.since + 1)
-        stalled = (since // STALL) % 2 == 1
+        stalled = since % (MIXED + PLAIN) >= MIXED
         plain = z + self.config.damping * (fz - z)
         usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~stalled  # not finite: singular mixing
         proposal = jnp.where(usable[:, None], proposal, plain)
@@ -274,7 +275,7 @@ class Anderson(_Configured):
     """
 
     history: int = 6
-    ridge: float = 1e-6
+    ridge: float = 1e-2
 
     def __post_init__(self):
         super().__post_init__()

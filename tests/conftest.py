@@ -56,7 +56,9 @@ class Golden:
         return FusionState(dict(zip(self.names, parts, strict=True)), fused)
 
 
-@pytest.fixture(params=["p1_m2_d8_b5", "p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5", "p5_m3_d16_b16"])
+@pytest.fixture(
+    params=["p1_m2_d8_b5", "p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5", "p5_m3_d16_b16"]
+)
 def golden(request, x64):
     path = GOLDENS / f"{request.param}.npz"
     if not path.exists():

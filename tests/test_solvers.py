@@ -258,6 +258,21 @@ def test_anderson_survives_repeated_residuals():
     np.testing.assert_allclose(z, 1, rtol=1e-3)
 
 
+def test_anderson_passes_a_minimum_of_the_residual():
+    """f(z) − z has a minimum of 0.05 at z = 1, where secants turn back; its root is beyond 3."""
+    shift = np.poly1d([0.05]) + 0.2 * np.poly1d([1, -1]) ** 2 * np.poly1d([-1, 3])
+    root = next(r.real for r in shift.roots if abs(r.imag) < 1e-12)
+
+    def f(z):
+        return z + 0.05 + 0.2 * (z - 1) ** 2 * (3 - z)
+
+    solver = Anderson(tol=1e-4, max_steps=300, history=2)
+    z, stats = solve(f, jnp.array([[0.0], [0.5], [3.0]]), solver=solver)
+    assert stats.converged.all()
+    np.testing.assert_allclose(z, root, rtol=1e-3)
+    assert stats.steps[2] < 10
+
+
 # --- Broyden -----------------------------------------------------------------------------------
 
 
@@ -327,7 +342,9 @@ def test_nan_everywhere(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nan_behind_a_wall(solver):
     """Every way leads to z > 1, where f is NaN: the best iterate before it comes back."""
-    z, stats = solve(lambda z: jnp.where(z > 1, jnp.nan, z + 0.3), jnp.zeros((1, 1)), solver=solver())
+    z, stats = solve(
+        lambda z: jnp.where(z > 1, jnp.nan, z + 0.3), jnp.zeros((1, 1)), solver=solver()
+    )
     assert not stats.converged[0] and jnp.isfinite(z).all()
     # The residual 0.3 / (z + 0.3) is lowest at the largest z.
     assert z[0, 0] > 0.85

@@ -1,0 +1,406 @@
+"""`fit` and `evaluate`: resuming, the best epoch, patience, NaN, every row once, one compilation.
+
+Two models stand in for the experiments': `Net` has all that is random or hidden in training
+(dropout, batch statistics, a solver); `Line` has a weight w that grows by one a step, so that
+everything the loop decides can be foretold.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deq_fusion_jax import Anderson, DEQFusion, FusionOutput
+from experiments import mmimdb
+from experiments.checkpoint import Checkpoints
+from experiments.config import build_fusion
+from experiments.datasets import Split
+from experiments.encoders import MaxoutMLP
+from experiments.train import (
+    Prediction,
+    Schedule,
+    Task,
+    TrainState,
+    Variables,
+    evaluate,
+    fit,
+    init_state,
+    run_epochs,
+    train_step,
+)
+
+
+class Net(nn.Module):
+    """Maxout encoders with dropout and batch normalisation → DEQ with dropout → linear."""
+
+    fusion: nn.Module
+
+    @nn.compact
+    def __call__(self, inputs, train=False):
+        encoded = {name: MaxoutMLP((8,), 0.3)(x, train) for name, x in inputs.items()}
+        out = self.fusion(encoded, train=train)
+        return Prediction(nn.Dense(1)(out.fused), out)
+
+
+class Line(nn.Module):
+    """logits = w x; the fusion's Jacobian penalty is w²."""
+
+    start: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs, train=False):
+        x = inputs["x"]
+        w = self.param("w", lambda key: jnp.full(x.shape[1:], self.start))
+        penalty = jnp.sum(w * w) if self.has_rng("jacobian") else None
+        return Prediction(x @ w, FusionOutput(x, jacobian_penalty=penalty))
+
+
+def cross_entropy(prediction, labels):
+    return optax.sigmoid_binary_cross_entropy(prediction.logits[:, 0], labels).mean()
+
+
+def accuracy(labels, probabilities):
+    return {"accuracy": float(np.mean((probabilities[:, 0] > 0) == labels))}
+
+
+def line_task(score, power=1, start=0.0, weight=0.0):
+    """Training adds 1 to w a step (power 1, rate 1); the validation score is score(w)."""
+    return Task(
+        Line(start),
+        loss=lambda prediction, labels: -jnp.mean(prediction.logits**power),
+        metrics=lambda labels, logits: {"score": float(score(float(np.mean(logits))))},
+        probabilities=np.asarray,
+        monitor="score",
+        jacobian_weight=weight,
+    )
+
+
+ONES = Split({"x": np.ones((4, 1), np.float32)}, np.zeros(4, np.float32))
+
+
+def fit_line(score, schedule, rate=1.0, checkpoints=None, **options):
+    task = line_task(score, **options)
+    return fit(task, optax.sgd(rate), ONES, ONES, schedule, seed=0, checkpoints=checkpoints)
+
+
+def weight(variables):
+    return float(variables.params["w"][0])
+
+
+def bits(tree):
+    def words(x):
+        key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if key else x).tobytes()
+
+    return [words(x) for x in jax.tree.leaves(tree)]
+
+
+def timeless(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+class Deq:
+    """A task with a DEQ and the way to fit it; `traces` counts the tracings of its loss."""
+
+    def __init__(self):
+        self.traces = 0
+        rng = np.random.default_rng(0)
+
+        def rows(n):
+            labels = rng.integers(0, 2, n).astype(np.float32)
+            a = rng.standard_normal((n, 5)).astype(np.float32) + labels[:, None]
+            return Split({"a": a, "b": rng.standard_normal((n, 3)).astype(np.float32)}, labels)
+
+        self.train, self.validation = rows(22), rows(11)
+
+        def loss(prediction, labels):
+            self.traces += 1
+            return cross_entropy(prediction, labels)
+
+        fusion = DEQFusion(8, solver=Anderson(tol=1e-3, max_steps=20), dropout=0.2)
+        self.task = Task(Net(fusion), loss, accuracy, np.asarray, "accuracy")
+        self.optimiser = optax.adamw(3e-2)
+        self.after = []  # tracings seen at each row of the first fit
+        self.whole = self.fit(4, report=lambda row: self.after.append(self.traces))
+
+    def fit(self, epochs, checkpoints=None, report=lambda row: None):
+        schedule = Schedule(epochs, batch_size=8)
+        data = (self.train, self.validation)
+        return fit(self.task, self.optimiser, *data, schedule, 3, checkpoints, report)
+
+
+@pytest.fixture(scope="module")
+def deq():
+    return Deq()
+
+
+class Killed(Exception):
+    pass
+
+
+class TestResume:
+    @pytest.mark.parametrize("stops", [(1,), (2, 3)])
+    def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(self, deq, tmp_path, stops):
+        for epoch in stops:
+
+            def kill(row, last=epoch):
+                if row["epoch"] == last:
+                    raise Killed
+
+            with pytest.raises(Killed):
+                deq.fit(4, Checkpoints(tmp_path), kill)
+        seen = []
+        again = deq.fit(4, Checkpoints(tmp_path), seen.append)
+        assert bits(again.last) == bits(deq.whole.last)
+        assert bits(again.best) == bits(deq.whole.best)
+        assert timeless(again.history) == timeless(deq.whole.history)
+        assert again.best_epoch == deq.whole.best_epoch
+        assert seen == again.history  # the rows of before are reported too
+        seconds = [row["seconds"] for row in again.history]
+        assert seconds == sorted(seconds)
+
+    def test_a_finished_run_goes_on_to_more_epochs(self, deq, tmp_path):
+        first = deq.fit(2, Checkpoints(tmp_path))
+        assert [row["epoch"] for row in first.history] == [0, 1, 2]
+        assert bits(first.last) != bits(deq.whole.last)
+        again = deq.fit(4, Checkpoints(tmp_path))
+        assert bits(again.last) == bits(deq.whole.last)
+        assert timeless(again.history) == timeless(deq.whole.history)
+
+    def test_dropout_and_batch_statistics_are_at_work(self, deq):
+        """Else the tests above would say little."""
+        start = init_state(deq.task, deq.optimiser, deq.train.inputs, 3)
+        step = jax.jit(lambda s: train_step(deq.task, deq.optimiser, s, *deq.train)[0])
+        one, other = step(start), step(start._replace(step=start.step + 1))
+        assert bits(one.variables.params) != bits(other.variables.params)
+        assert bits(one.variables.batch_stats) != bits(start.variables.batch_stats)
+
+    def test_the_seed_decides(self, deq):
+        def start(seed):
+            return bits(init_state(deq.task, deq.optimiser, deq.train.inputs, seed))
+
+        assert start(3) == start(3) != start(4)
+
+    def test_a_run_stopped_by_infinity_stays_stopped(self, tmp_path):
+        options = {"rate": 1e10, "power": 4, "start": 1.0, "checkpoints": Checkpoints(tmp_path)}
+        first = fit_line(lambda w: -abs(w), Schedule(9, 4), **options)
+        again = fit_line(lambda w: -abs(w), Schedule(9, 4), **options)
+        assert str(timeless(again.history)) == str(timeless(first.history))
+
+
+class TestHistory:
+    def test_rows_say_what_happened(self, deq):
+        first, *others = deq.whole.history
+        assert [row["epoch"] for row in deq.whole.history] == [0, 1, 2, 3, 4]
+        assert first["loss"] is None and first["train"] == {} and first["seconds"] == 0
+        for row in deq.whole.history:
+            assert set(row["validation"]) == {"accuracy", "loss"}
+            assert set(row["gates"]) == {"a", "b"}
+            assert set(row["solver"]) == {"converged", "mean_steps", "max_steps", "residual"}
+            assert row["solver"]["converged"] == 1 and 1 <= row["solver"]["mean_steps"] <= 20
+            assert row["solver"]["mean_steps"] <= row["solver"]["max_steps"]
+            assert 0 < row["solver"]["residual"] <= 1e-3
+        for row in others:
+            assert set(row["train"]) == {"loss", "gradient_norm", *row["solver"]}
+            assert row["loss"] == row["train"]["loss"] > 0 and row["train"]["gradient_norm"] > 0
+
+    def test_rows_are_of_the_variables_of_their_time(self, deq):
+        """Recomputed here, without `evaluate`'s batches."""
+        for variables, row in (
+            (deq.whole.last.variables, deq.whole.history[-1]),
+            (deq.whole.best, deq.whole.history[deq.whole.best_epoch]),
+        ):
+            out = deq.task.model.apply(variables._asdict(), deq.validation.inputs)
+            logits, labels = np.asarray(out.logits)[:, 0], deq.validation.labels
+            losses = np.logaddexp(0, logits) - labels * logits
+            expected = {"accuracy": np.mean((logits > 0) == labels), "loss": losses.mean()}
+            assert row["validation"] == pytest.approx(expected, rel=1e-3)
+            gates = {name: np.abs(gate).mean() for name, gate in out.fusion.gates.items()}
+            assert row["gates"] == pytest.approx(gates, rel=1e-3)
+            assert row["solver"]["mean_steps"] == pytest.approx(np.mean(out.fusion.stats.steps))
+
+    def test_loss_is_the_mean_over_the_steps_of_the_epoch(self):
+        """w is 0, 1, 2, … at the steps, two of them an epoch, and the loss is -w."""
+        fitted = fit_line(lambda w: w, Schedule(2, batch_size=2))
+        assert [row["loss"] for row in fitted.history] == [None, -0.5, -2.5]
+        assert [row["validation"]["score"] for row in fitted.history] == [0, 2, 4]
+
+    def test_one_compilation_serves_all_epochs_and_resumed_runs(self, deq, tmp_path):
+        assert deq.after[1] > deq.after[0] > 0
+        assert len(set(deq.after[1:])) == 1
+        before = deq.traces
+        with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+            compiled = []
+            patch.setattr("logging.Logger.handle", lambda self, r: compiled.append(r.getMessage()))
+            deq.fit(1, Checkpoints(tmp_path))
+            deq.fit(2, Checkpoints(tmp_path))
+        assert deq.traces == before
+        again = [m for m in compiled if "run_epochs" in m or "_predict" in m]
+        assert not [m for m in again if m.startswith(("Compiling", "Finished XLA"))], again
+
+
+class TestStopping:
+    @pytest.mark.parametrize("peak", [1, 3, 6])
+    def test_best_epoch_is_where_the_validation_score_is_highest(self, peak):
+        fitted = fit_line(lambda w: -abs(w - peak), Schedule(6, 4))
+        scores = [row["validation"]["score"] for row in fitted.history]
+        assert fitted.best_epoch == np.argmax(scores) == peak
+        assert weight(fitted.best) == peak and weight(fitted.last.variables) == 6
+
+    def test_best_epoch_may_be_the_one_before_training(self):
+        fitted = fit_line(lambda w: -w, Schedule(3, 4))
+        assert (fitted.best_epoch, weight(fitted.best)) == (0, 0)
+
+    def test_the_first_of_equal_scores_is_the_best(self):
+        fitted = fit_line(lambda w: min(w, 2), Schedule(4, 4))
+        assert (fitted.best_epoch, weight(fitted.best)) == (2, 2)
+
+    @pytest.mark.parametrize("patience", [1, 2])
+    def test_patience(self, patience):
+        fitted = fit_line(lambda w: -abs(w - 3), Schedule(20, 4, patience=patience))
+        assert fitted.history[-1]["epoch"] == 3 + patience
+        assert weight(fitted.best) == 3
+
+    def test_patience_counts_evaluations_and_a_gain_renews_it(self):
+        gains = {0: 0, 2: 5, 4: 1, 6: 7, 8: 1, 10: 1}
+        schedule = Schedule(20, 4, evaluate_every=2, patience=2)
+        fitted = fit_line(lambda w: gains[int(w)], schedule)
+        assert [row["epoch"] for row in fitted.history] == [0, 2, 4, 6, 8, 10]
+        assert weight(fitted.best) == fitted.best_epoch == 6
+
+    def test_no_more_epochs_than_asked_for(self):
+        """Also where evaluations do not divide them."""
+        fitted = fit_line(lambda w: w, Schedule(5, 4, evaluate_every=3))
+        assert fitted.history[-1]["epoch"] == weight(fitted.last.variables) == 5
+
+    def test_no_epochs_is_the_model_at_the_start(self):
+        fitted = fit_line(lambda w: w, Schedule(0, 4))
+        assert len(fitted.history) == 1 and weight(fitted.best) == 0
+
+    @pytest.mark.parametrize("score", [lambda w: -abs(w), lambda w: math.nan], ids=["inf", "nan"])
+    def test_a_loss_out_of_bounds_stops_and_the_best_is_finite(self, score):
+        fitted = fit_line(score, Schedule(9, 4), rate=1e10, power=4, start=1.0)
+        assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True, False]
+        assert math.isfinite(weight(fitted.best))
+
+    def test_training_that_explodes_in_its_first_epoch_leaves_the_start(self):
+        """Steps 2 to 4 are infinite and NaN; the score of NaN is NaN."""
+        fitted = fit_line(lambda w: -abs(w), Schedule(9, 1), rate=1e10, power=4, start=1.0)
+        assert len(fitted.history) == 2 and not np.isfinite(fitted.history[1]["loss"])
+        assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
+
+
+class TestEvaluate:
+    def test_batch_size_does_not_change_a_row(self, deq):
+        variables, split = deq.whole.best, deq.validation
+        one = evaluate(deq.task, variables, split, 4)
+        other = evaluate(deq.task, variables, split, 64)
+        assert one.probabilities.shape == (11, 1)
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
+        np.testing.assert_array_equal(one.stats.steps, other.stats.steps)
+        assert one.stats.converged.shape == one.gates["a"].shape == (11,)
+        assert one.metrics == other.metrics
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 4, 6, 7, 256])
+    def test_loss_is_the_mean_over_the_rows(self, batch_size):
+        """A last batch is filled up, and what fills it must not count."""
+        split = Split({"x": np.float32([[1], [2], [4], [8], [16], [32], [64]])}, np.zeros(7))
+        variables = Variables({"w": jnp.ones(1)}, {})
+        result = evaluate(line_task(lambda w: w), variables, split, batch_size)
+        assert result.loss == pytest.approx(-127 / 7, rel=1e-6)
+        assert result.metrics["score"] == pytest.approx(127 / 7)
+        assert (result.stats, result.gates) == (None, None)
+
+    def test_training_does_not_use_validation_rows_for_batch_statistics(self, deq):
+        means = deq.whole.best.batch_stats
+        evaluate(deq.task, deq.whole.best, deq.validation, 4)
+        assert bits(means) == bits(deq.whole.best.batch_stats)
+
+
+class TestRows:
+    """Row i is the i-th unit vector and the step adds its gradient: w counts the visits."""
+
+    def visits(self, rows, batch_size, epochs, seed=0):
+        data = Split({"x": np.eye(rows, dtype=np.float32)}, np.zeros(rows, np.float32))
+        task = line_task(lambda w: w)
+        optimiser = optax.sgd(float(batch_size))  # undoes the mean over the batch
+        state = init_state(task, optimiser, data.inputs, seed)
+        counts = []
+        for _ in range(epochs):
+            state, _ = run_epochs(task, optimiser, state, data, batch_size, 1)
+            counts.append(np.asarray(state.variables.params["w"]))
+        return np.diff(counts, axis=0, prepend=np.zeros((1, rows))).round(5)
+
+    def test_every_row_once_an_epoch(self):
+        assert (self.visits(12, 4, 3) == 1).all()
+
+    def test_rows_left_over_change_every_epoch(self):
+        visits = self.visits(11, 4, 6)
+        assert set(np.unique(visits)) == {0, 1} and (visits.sum(axis=1) == 8).all()
+        assert len(np.unique(visits, axis=0)) > 1
+
+    def test_the_order_is_the_seed_s(self):
+        one, same, other = (self.visits(11, 4, 4, seed) for seed in (0, 0, 1))
+        assert (one == same).all() and (one != other).any()
+
+    def test_two_epochs_in_one_scan_are_two_epochs(self):
+        data = Split({"x": np.eye(6, dtype=np.float32)}, np.zeros(6, np.float32))
+        task, optimiser = line_task(lambda w: w, power=2, start=0.5), optax.sgd(0.3)
+
+        def start():
+            return init_state(task, optimiser, data.inputs, 0)
+
+        together, seen = run_epochs(task, optimiser, start(), data, 4, 2)
+        first, _ = run_epochs(task, optimiser, start(), data, 4, 1)
+        apart, _ = run_epochs(task, optimiser, first, data, 4, 1)
+        assert bits(together) == bits(apart)
+        assert seen["loss"].shape == (2,)
+
+
+class TestStep:
+    def test_the_jacobian_penalty_counts_with_its_weight(self):
+        """d/dw of -w + γ w² at w = 3 is -1 + 6 γ."""
+        optimiser = optax.sgd(1.0)
+        for gamma in (0.0, 0.5):
+            task = line_task(lambda w: w, weight=gamma)
+            params = {"w": jnp.full(1, 3.0)}
+            state = TrainState(
+                Variables(params, {}), optimiser.init(params), jnp.int32(0), jax.random.key(0)
+            )
+            after, seen = train_step(task, optimiser, state, {"x": jnp.ones((4, 1))}, jnp.zeros(4))
+            assert weight(after.variables) == pytest.approx(3 + 1 - 6 * gamma)
+            assert float(seen["loss"]) == -3  # without the penalty, which has its own entry
+            assert (float(seen["jacobian_penalty"]) == 9) if gamma else (len(seen) == 2)
+            assert int(after.step) == 1 and bits(after.key) == bits(state.key)
+
+    @pytest.mark.parametrize("fusion_rate", [0.1, 1.0])
+    def test_the_fusion_alone_learns_at_its_own_rate(self, fusion_rate):
+        """AdamW's first step is -rate (g / (|g| + 1e-8) + weight_decay p), on the real tree."""
+        config = mmimdb.Config(features=8, fusion_rate=fusion_rate, weight_decay=0.3)
+        config = dataclasses.replace(config, learning_rate=0.02)
+        encoders = {name: MaxoutMLP((8,)) for name in ("text", "image")}
+        model = mmimdb.MMIMDBModel(encoders, build_fusion(config, ("text", "image")))
+        inputs = {"text": np.ones((2, 3), np.float32), "image": np.ones((2, 5), np.float32)}
+        shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+        rng = np.random.default_rng(0)
+
+        def draw(x):
+            return np.asarray(rng.standard_normal(x.shape), np.float32)
+
+        params, grads = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
+        optimiser = mmimdb.optimiser(config)
+        updates, _ = optimiser.update(grads, optimiser.init(params), params)
+        groups = {"encoders_text", "encoders_image", "fusion", "head"}
+        assert set(updates) == groups and set(updates["fusion"]) == {"cell", "inject"}
+        for name in groups:
+            rate = 0.02 * (fusion_rate if name == "fusion" else 1)
+            for g, p, u in zip(
+                *map(jax.tree.leaves, (grads[name], params[name], updates[name])), strict=True
+            ):
+                expected = -rate * (g / (np.abs(g) + 1e-8) + 0.3 * p)
+                np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-7, err_msg=name)
