@@ -189,7 +189,7 @@ def _array(leaf: Any) -> jax.Array | np.ndarray:
 def _like(leaf: Any, value: np.ndarray) -> Any:
     """`value` as the kind of thing `leaf` is: PRNG key, JAX array, NumPy array, Python number."""
     if _is_key(leaf):
-        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array):
         return jax.device_put(value, leaf.sharding if leaf.committed else None)
     return value if isinstance(leaf, (np.ndarray, np.generic)) else value.item()

@@ -9,7 +9,7 @@ weighted: mean over classes by support (number of true samples); samples: F1 of 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeGuard, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -124,7 +124,7 @@ def multiclass_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
     }
 
 
-def compare_rows(rows: Sequence[Results]) -> list[dict[str, Any]]:
+def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per fusion, over seeds: every number becomes {"mean", "std"}, std with ddof = 1.
 
     std is None for a single seed; both are None where a seed's number is undefined.
@@ -135,13 +135,13 @@ def compare_rows(rows: Sequence[Results]) -> list[dict[str, Any]]:
         values = sorted({str(row[key]) for row in rows})
         if len(values) > 1:
             raise InputError(f"rows with {key} {' and '.join(values)} cannot be compared; pick one")
-    groups: dict[str, list[Results]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["fusion"], []).append(row)
     return [_over_seeds(fusion, group) for fusion, group in groups.items()]
 
 
-def _over_seeds(fusion: str, rows: list[Results]) -> dict[str, Any]:
+def _over_seeds(fusion: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     seeds = [row["seed"] for row in rows]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"fusion {fusion} has a seed twice in {seeds}; give each seed once")
@@ -154,13 +154,14 @@ def _over_seeds(fusion: str, rows: list[Results]) -> dict[str, Any]:
 
 def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean and sample standard deviation (ddof = 1)."""
-    if not all(map(defined, values)):
+    numbers = [value for value in values if defined(value)]
+    if len(numbers) < len(values):
         return {"mean": None, "std": None}
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std}
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "std": std}
 
 
-def defined(value: float | None) -> bool:
+def defined(value: float | None) -> TypeGuard[float]:
     """Whether there is a number: not None, not NaN, not infinite."""
     return value is not None and math.isfinite(value)
 

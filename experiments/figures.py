@@ -117,9 +117,11 @@ def gate_strength(
     if len(total) != 1:
         shapes = {name: np.shape(gate) for name, gate in gates.items()}
         raise ValueError(f"gates {shapes}: expected the same number of samples N for each")
-    group = np.zeros(*total, int) if classes is None else np.asarray(classes)
-    if group.shape != (*total,):
-        raise ValueError(f"classes {group.shape} for gates of {total} samples: expected one each")
+    group = np.zeros(total.pop(), int) if classes is None else np.asarray(classes)
+    if any(group.shape != values.shape for values in strength.values()):
+        raise ValueError(
+            f"classes {group.shape} for gates of {len(next(iter(strength.values())))} samples: expected one each"
+        )
     present = np.unique(group)
     width = max(4.5, 1.5 + 0.45 * len(strength) * len(present))
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -160,7 +162,7 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _whole_ticks(axes: Axes, values: Sequence[int]) -> None:
+def _whole_ticks(axes: Axes, values: ArrayLike) -> None:
     axes.set_xlim(min(values) - 0.5, max(values) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
@@ -180,7 +182,8 @@ def _marks(history: History) -> dict[str, Any]:
 def _column(history: History, *keys: str) -> np.ndarray:
     """row[key][key]… of every row as floats, NaN where a row lacks it."""
     values = []
-    for value in history:
+    for row in history:
+        value: Any = row
         for key in keys:
             value = (value or {}).get(key)
         values.append(np.nan if value is None else float(value))

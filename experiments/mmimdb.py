@@ -139,7 +139,8 @@ def tokenised(dataset: Dataset, config: Config) -> tuple[Dataset, int]:
         tokens = encode(split.inputs["text"], vocabulary, config.plot_length)
         return split._replace(inputs={**split.inputs, "text": tokens})
 
-    train, validation, test = ids(dataset.train), ids(dataset.validation), ids(dataset.test)
+    assert dataset.validation is not None  # published with the data
+    train, validation, test = map(ids, (dataset.train, dataset.validation, dataset.test))
     dataset = dataset._replace(train=train, validation=validation, test=test)
     return dataset, len(vocabulary) + 2
 

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from numbers import Integral
 from pathlib import Path
@@ -134,8 +135,8 @@ def print_results(
 ) -> None:
     """The outcome of a run on the terminal, within 80 columns."""
     console = console or Console()
-    as_it_is = {"markup": False, "highlight": False}
-    console.print(title(results), style="bold", **as_it_is)
+    say = partial(console.print, markup=False, highlight=False)
+    say(title(results), style="bold")
     for header, *rows in _blocks(_scores(results, floors), width=78):
         table = Table(header[0])
         for name in header[1:]:
@@ -144,10 +145,10 @@ def print_results(
             table.add_row(*row)
         console.print(table)
     for line in [SELECTION[results["selection"]], *_summary(results, per_class)]:
-        console.print(line, **as_it_is)
+        say(line)
     for remark in _remarks(results, ()):
-        console.print(remark, style="yellow", **as_it_is)
-    console.print(f"Run directory: {run_dir}", soft_wrap=True, **as_it_is)  # stays one word to copy
+        say(remark, style="yellow")
+    say(f"Run directory: {run_dir}", soft_wrap=True)  # stays one word to copy
 
 
 def title(results: Results) -> str:
@@ -211,7 +212,8 @@ def _remarks(results: Results, history: Sequence[Mapping[str, Any]]) -> list[str
     if low and low["solver"]["converged"] < 1:
         share = percent(low["solver"]["converged"])
         remarks.append(f"During training convergence was lowest in epoch {low['epoch']}: {share}.")
-    bad = [row["epoch"] for row in history if not defined(row.get("loss"))]
+    trained = [row for row in history if row["epoch"] > 0]  # before the first step: no loss yet
+    bad = [row["epoch"] for row in trained if not defined(row.get("loss"))]
     if bad:
         remarks.append(f"The loss was not finite in {len(bad)} epoch(s), the first {bad[0]}.")
     undefined = [name for name, value in (results["test"] or {}).items() if not defined(value)]

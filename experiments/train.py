@@ -318,7 +318,7 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
 def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> tuple[Any, ...]:
     def batch(rows: jax.Array) -> tuple[Any, ...]:
         inputs, labels = jax.tree.map(lambda x: x[rows], tuple(split))
-        prediction = task.model.apply(variables._asdict(), inputs, train=False)
+        prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
         fusion = prediction.fusion
         gates = jax.tree.map(
             lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates

@@ -105,10 +105,9 @@ EVERY = np.ones((4, 3))
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """The arrays are tiny here; nearly all the time would go into optimising what runs once."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- what all of them have in common ----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, uses public names only, and is committed with its outputs.
+"""Every notebook runs from top to bottom, uses public names only, and carries its outputs.
 
 The cells are plain Python, without IPython magics.
 """
