@@ -9,7 +9,7 @@ weighted: mean over classes by support (number of true samples); samples: F1 of 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeGuard, TypedDict
+from typing import Any, Literal, TypedDict, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike

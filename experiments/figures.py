@@ -1,7 +1,8 @@
 """Plots of a run. Each function takes plain data and returns a matplotlib `Figure`, ready for
 `figure.savefig(path)`; none touches pyplot, so no display and no global state are involved.
 
-`history` is the rows of metrics.jsonl: {"epoch", "loss", "validation": {metric: value}, "solver":
+`history` is the rows of metrics.jsonl: {"epoch", "loss", "validation_loss" where it is measured,
+"validation": {metric: value}, "solver":
 {"converged", "mean_steps", "max_steps", "residual", …} or None for a fusion without a solver}.
 """
 
@@ -29,8 +30,12 @@ def learning_curve(history: History) -> Figure:
     solved = any(row.get("solver") for row in history)
     figure, axes = _stack(4 if solved else 2)
     epoch = [row["epoch"] for row in history]
-    axes[0].plot(epoch, _column(history, "loss"), color=BLACK, **_marks(history))
-    axes[0].set_ylabel("training loss")
+    axes[0].plot(epoch, _column(history, "loss"), color=BLACK, label="training", **_marks(history))
+    if np.isfinite(_column(history, "validation_loss")).any():
+        style = {"color": GREY, "linestyle": "--", "label": "validation"} | _marks(history)
+        axes[0].plot(epoch, _column(history, "validation_loss"), **style)
+    axes[0].set_ylabel("loss")
+    _legend_beside(axes[0])
     metrics = list(dict.fromkeys(name for row in history for name in row.get("validation") or {}))
     for i, name in enumerate(metrics):
         style = {"color": CYCLE[i % len(CYCLE)], "linestyle": STYLES[i % len(STYLES)]}
@@ -118,10 +123,9 @@ def gate_strength(
         shapes = {name: np.shape(gate) for name, gate in gates.items()}
         raise ValueError(f"gates {shapes}: expected the same number of samples N for each")
     group = np.zeros(total.pop(), int) if classes is None else np.asarray(classes)
-    if any(group.shape != values.shape for values in strength.values()):
-        raise ValueError(
-            f"classes {group.shape} for gates of {len(next(iter(strength.values())))} samples: expected one each"
-        )
+    samples = {values.shape for values in strength.values()}
+    if samples != {group.shape}:
+        raise ValueError(f"classes {group.shape} for gates of {samples} samples: expected one each")
     present = np.unique(group)
     width = max(4.5, 1.5 + 0.45 * len(strength) * len(present))
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -162,7 +166,7 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _whole_ticks(axes: Axes, values: ArrayLike) -> None:
+def _whole_ticks(axes: Axes, values: Sequence[int] | np.ndarray) -> None:
     axes.set_xlim(min(values) - 0.5, max(values) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 

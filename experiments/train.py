@@ -122,9 +122,9 @@ def fit(
     """Trains until `schedule` says stop, and keeps the variables that do best on validation.
 
     Every evaluation, the one before the first step included, appends a row to the history,
-    {"epoch", "loss", "validation": {metric: value}, "solver": {…} of the validation rows, "train":
-    {…} means over the steps since the last row, "gates", "seconds"}, hands it to `report` and
-    saves a checkpoint. Where `checkpoints` holds any, training goes on from the newest whole one.
+    {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
+    validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
+    hands it to `report` and saves a checkpoint. Where `checkpoints` holds any, training goes on from the newest whole one.
     Training that has produced a NaN stops there.
     """
     batch_size = min(schedule.batch_size, len(train.labels))
@@ -143,7 +143,8 @@ def fit(
         return {
             "epoch": history[-1]["epoch"] + schedule.evaluate_every if history else 0,
             "loss": means.get("loss"),
-            "validation": {**result.metrics, "loss": result.loss},
+            "validation_loss": result.loss,
+            "validation": result.metrics,
             "solver": _floats(solver_means(result.stats)) or None,
             "train": means,
             "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
