@@ -71,7 +71,7 @@ class Config(CommonConfig):
 
 
 SAMPLE = Config(
-    epochs=60, features=128, hidden=(128, 128), batch_size=128, fusion_rate=1.0, patience=15
+    epochs=40, features=128, hidden=(128, 128), batch_size=128, fusion_rate=1.0, patience=15
 )
 
 
