@@ -11,4 +11,5 @@ from deq_fusion_jax.gradients import Unrolled as Unrolled
 from deq_fusion_jax.solvers import Anderson as Anderson
 from deq_fusion_jax.solvers import Broyden as Broyden
 from deq_fusion_jax.solvers import Picard as Picard
+from deq_fusion_jax.stats import ConvergenceError as ConvergenceError
 from deq_fusion_jax.stats import SolveStats as SolveStats

@@ -39,7 +39,6 @@ class _Baseline(nn.Module):
     """What the fusions without a cell share; each of them is its `fuse`.
 
     Attributes:
-      features: width of the fused features.
       dropout: rate on the fused features with `train=True`, from the rng "dropout".
       dtype: computation dtype.
     """
@@ -149,8 +148,8 @@ class LowRank(_Baseline):
     """Low-rank multimodal fusion (LMF): h = Σ_r w_r Π_i (W_i^r [x_i; 1]) + b.
 
     The contraction of [x_1; 1] ⊗ … ⊗ [x_M; 1] with the weight tensor Σ_r w_r W_1^r ⊗ … ⊗ W_M^r,
-    which is never formed. A missing modality leaves the product. The start, W from N(0, 1/(d_i+1))
-    and w_r = 1/√rank, gives h unit variance for inputs of unit scale, whatever M is.
+    which is never formed. A missing modality leaves the product. The start, W ~ N(0, 1/(d_i+1)) and
+    w_r = 1/√rank, gives h unit variance for inputs of unit variance, whatever M is.
     Parameters: `factor_<modality>` [rank, d_i + 1, features], `weights` [rank], `bias` [features].
 
     Source: Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors", 2018.
@@ -210,9 +209,8 @@ class Attention(_Baseline):
 class WeightTied(nn.Module):
     """The weight-tied unroll: `steps` steps z_{k+1} = f(z_k) from z_0 = 0, by backpropagation.
 
-    f is the cell of `DEQFusion` with the same parameters ("inject" and "cell"), so each takes the
-    other's variables. The output is as `DEQFusion`'s; `stats` have the relative residual of the
-    returned z, one more evaluation of f.
+    f is the cell of `DEQFusion` with the same parameters, so each takes the other's variables. The
+    output is alike; `stats` have the residual of the returned z, one more evaluation of f.
 
     Attributes:
       tol: relative residual at which `stats.converged` is True; it changes no step.

@@ -442,9 +442,9 @@ def as_solver(solver: Any) -> Solver:
     theirs = (jaxopt.FixedPointIteration, jaxopt.AndersonAcceleration, jaxopt.Broyden)
     if isinstance(solver, theirs):
         return _Jaxopt(solver)
-    if callable(getattr(solver, "solve", None)):
+    if callable(getattr(solver, "solve", None)) and not isinstance(solver, type):
         return solver
     raise TypeError(
-        f"solver is {solver!r}; expected Picard, Anderson or Broyden of this library, or jaxopt's "
-        "FixedPointIteration, AndersonAcceleration or Broyden."
+        f"solver is {solver!r}; expected an object such as Anderson(tol=1e-4): Picard, Anderson or "
+        "Broyden of this library, or jaxopt's FixedPointIteration, AndersonAcceleration or Broyden."
     )
