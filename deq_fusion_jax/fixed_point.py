@@ -23,7 +23,8 @@ def deq_fixed_point(
     A sample is done when ‖f(z) − z‖ / ‖f(z)‖ ≤ solver.tol over its whole state. It then stays
     as it is, so a sample gets the same answer alone and in any batch, as long as f itself treats
     the samples independently. A sample that does not get there returns its best finite iterate
-    and has `stats.converged` False.
+    and has `stats.converged` False. The residual is relative, so z* = 0 is only reached exactly,
+    and a map such as z + 1, which has no fixed point, may pass once z is large.
 
         >>> import jax, jax.numpy as jnp
         >>> from deq_fusion_jax import deq_fixed_point
@@ -35,10 +36,11 @@ def deq_fixed_point(
         ([[0.7390000224113464], [0.8999999761581421]], [True, True])
 
     Args:
-      f: the map (z, *args) → z. It may close over traced values, and they get their gradients;
-        it must not change them. Traced once.
-      z0: where the iteration starts: a pytree of real floating-point arrays [B, …]. Its gradient
-        is zero, since z* does not depend on it. Give the last solution for a warm start.
+      f: the map (z, *args) → z, each sample for itself. It may close over traced values, and they
+        get their gradients; it must not change them. Traced once.
+      z0: where the iteration starts: a pytree of real floating-point arrays [B, …]; a state
+        without a batch axis needs one, z0[None]. Its gradient is zero, since z* does not depend on
+        it. Give the last solution for a warm start.
       *args: pytrees of arrays, passed on to f. Differentiated in reverse mode, any number of
         times. Forward mode raises JAX's own TypeError for a custom_vjp function.
       solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects.
@@ -51,8 +53,10 @@ def deq_fixed_point(
     Raises:
       ValueError: z0 is not a batch of floating-point arrays, f(z0) differs from z0 in structure,
         shape or dtype, or solver.tol is below the dtype's resolution.
-      TypeError: solver is no solver.
+      TypeError: solver is no solver, or gradient no gradient rule.
     """
+    if isinstance(gradient, type) or not hasattr(gradient, "pullback"):
+        raise TypeError(f"gradient is {gradient!r}; expected Implicit(), Phantom() or Unrolled().")
     z0 = jax.tree.map(jnp.asarray, z0)
     check_state(z0)
     # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
@@ -71,7 +75,8 @@ def deq_fixed_point(
 def _check_same(z0: PyTree, out: PyTree) -> None:
     if describe(z0) != describe(out):
         raise ValueError(
-            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}."
+            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
+            "The first axis of every array is the batch."
         )
 
 
