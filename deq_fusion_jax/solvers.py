@@ -40,8 +40,9 @@ class Solver(Protocol):
 # --- the part that all solvers share ---------------------------------------------------------
 
 # A sample stalls when MIXED evaluations in a row leave its residual above PROGRESS × what it was.
-# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress.
-PROGRESS, MIXED, PLAIN = 0.9, 6, 18
+# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress. Plain steps that
+# take the residual above ESCAPE × what it was diverge: mixing starts anew from there.
+PROGRESS, MIXED, PLAIN, ESCAPE = 0.9, 6, 42, 10
 
 
 class _State(NamedTuple):
@@ -54,7 +55,7 @@ class _State(NamedTuple):
     steps: jax.Array  # [B] evaluations used
     active: jax.Array  # [B] not finished yet
     age: jax.Array  # [B] evaluations since the start or the last restart
-    milestone: jax.Array  # [B] residual at the last marked progress
+    milestone: jax.Array  # [B] the residual that progress is measured against
     since: jax.Array  # [B] evaluations since then
     memory: Any  # what the proposal remembers
     trace: jax.Array | None  # [max_steps, B]
@@ -124,9 +125,11 @@ class _PerSample(IterativeSolver):
 
         # Mixing can come to rest where the residual has a minimum that is no fixed point; plain
         # iteration walks on. So a sample that stalls alternates between the two.
-        progress = residual < PROGRESS * state.milestone
-        milestone = jnp.where(progress, residual, state.milestone)
-        since = jnp.where(progress, 0, state.since + 1)
+        was_plain = state.since % (MIXED + PLAIN) >= MIXED
+        anew = residual < PROGRESS * state.milestone
+        anew |= was_plain & (residual > ESCAPE * state.milestone)
+        milestone = jnp.where(anew, residual, state.milestone)
+        since = jnp.where(anew, 0, state.since + 1)
         stalled = since % (MIXED + PLAIN) >= MIXED
         plain = z + self.config.damping * (fz - z)
         usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~stalled  # not finite: singular mixing
