@@ -73,7 +73,7 @@ class FusionOutput(NamedTuple):
 def dense(
     features: int, scale: float = 1.0, dtype: Any = None, name: str | None = None
 ) -> nn.Dense:
-    """Linear layer with weights from U(±1/√fan_in), as PyTorch's, times `scale`; biases alike."""
+    """Linear layer that starts with weights from `scale` × U(±1/√fan_in), biases U(±1/√d)."""
 
     def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -1, 1) / features**0.5
@@ -206,19 +206,36 @@ class Inject(nn.Module):
     @nn.compact
     def __call__(self, inputs: Modalities, mask: Mask = None, train: bool = False) -> Injection:
         present = presence(inputs, mask)
-        fused = self.param("bias", nn.initializers.zeros, ())
+        fused = self.param("bias", nn.initializers.zeros, (), jnp.float32)
         modalities = {}
-        for name, x in inputs.items():
-            x = jnp.where(present[name] > 0, x, 0)  # a missing modality may well be NaN
+        for name in sorted(inputs):
+            self._check_width(name, inputs[name].shape[-1])
+            x = jnp.where(present[name] > 0, inputs[name], 0)  # a missing one may well be NaN
             if x.shape[-1] != self.features:
                 x = dense(self.features, 1, self.dtype, f"project_{name}")(x)
             x = lift_scale(x, self.lift).astype(self.dtype or x.dtype)
-            weight = self.param(f"weight_{name}", nn.initializers.ones, ())
+            weight = self.param(f"weight_{name}", nn.initializers.ones, (), jnp.float32)
             fused = fused + weight * present[name] * x
             modalities[name] = x
-        dtype = jnp.result_type(*modalities.values())
+        # Without a dtype of its own a layer computes in float32 or wider, as its parameters are.
+        dtype = self.dtype or jnp.result_type(jnp.float32, *modalities.values())
         cast = partial(jax.tree.map, lambda x: x.astype(dtype))
         return cast(Injection(modalities, fused, present, self._dropout_masks(modalities, train)))
+
+    def _check_width(self, name: str, width: int) -> None:
+        """Raises ValueError where the parameters were made for other inputs than these."""
+        if self.is_initializing():
+            return
+        params = self.variables["params"]
+        if f"weight_{name}" not in params:
+            known = [key.removeprefix("weight_") for key in params if key.startswith("weight_")]
+            raise ValueError(f"modality {name!r} is unknown; the parameters are for {known}.")
+        projection = params.get(f"project_{name}")
+        expected = projection["kernel"].shape[0] if projection else self.features
+        if width != expected:
+            raise ValueError(
+                f"modality {name!r} has {width} features; its parameters are for {expected}."
+            )
 
     def _dropout_masks(self, modalities: Modalities, train: bool) -> Modalities | None:
         if self.dropout == 0 or not train:
@@ -241,7 +258,7 @@ def lift_scale(x: jax.Array, floor: float) -> jax.Array:
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = jnp.mean(wide * wide, axis=range(1, x.ndim), keepdims=True)
-    return (wide * jnp.sqrt(1 + floor**2 / (mean_square + 1e-20))).astype(x.dtype)
+    return (wide * jnp.sqrt(1 + floor**2 / (mean_square + 1e-12))).astype(x.dtype)
 
 
 def presence(inputs: Modalities, mask: Mask) -> Modalities:

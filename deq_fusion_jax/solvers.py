@@ -40,8 +40,8 @@ class Solver(Protocol):
 # --- the part that all solvers share ---------------------------------------------------------
 
 # A sample stalls when MIXED evaluations in a row leave its residual above PROGRESS × what it was.
-# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress. Plain steps that
-# take the residual above ESCAPE × what it was diverge: mixing starts anew from there.
+# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress. Plain steps
+# that take the residual above ESCAPE × what it was diverge: mixing starts anew from there.
 PROGRESS, MIXED, PLAIN, ESCAPE = 0.9, 6, 42, 10
 
 
