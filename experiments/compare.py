@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments.config import CommonConfig
+from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_rows
 from experiments.report import comparison_table, write_json, write_text
@@ -51,12 +51,19 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def finished(config: CommonConfig, run_dir: Path) -> Results | None:
-    """The results of a run that is there already with the same options, or None."""
-    try:
-        return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | None:
+    """The results of a run that is there already and was as long; None where there is none.
+
+    Raises:
+      InputError: what is there was run with other options.
+    """
+    saved, results = saved_config(run_dir), run_dir / "results.json"
+    if saved is None:
         return None
+    check_same_run(run_dir, saved, experiment, config)
+    if saved["config"].get("epochs") != config.epochs or not results.exists():
+        return None
+    return json.loads(results.read_text(encoding="utf-8"))
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
@@ -75,7 +82,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
                 run_dir=run_dir,
                 resume=(run_dir / "config.json").exists(),
             )
-            rows.append(finished(config, run_dir) or experiment.run(config))
+            rows.append(finished(options.experiment, config, run_dir) or experiment.run(config))
     write_json(folder / "compare.json", {"rows": rows, "fusions": compare_rows(rows)})
     write_text(folder / "compare.md", comparison_table(rows))
     return rows

@@ -78,22 +78,24 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
         run_dir = config.run_dir.expanduser()
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run-dir {run_dir} is a file; give a directory")
-    saved = _saved_config(run_dir)
+    saved = saved_config(run_dir)
     if saved is None:
         if config.resume:
             raise InputError(f"nothing to resume in {run_dir}: it holds no run (no config.json)")
         if run_dir.is_dir() and any(run_dir.iterdir()):
             raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
     else:
-        _check_same_run(run_dir, saved, experiment, config)
+        check_same_run(run_dir, saved, experiment, config)
     for folder in (run_dir, run_dir / "figures"):
         folder.mkdir(parents=True, exist_ok=True)
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter training
     settings = {"experiment": experiment, "config": config_to_dict(config), "versions": versions()}
     write_json(run_dir / "config.json", settings)
     return run_dir
 
 
-def _saved_config(run_dir: Path) -> dict[str, Any] | None:
+def saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """What config.json of a run directory says; None where there is none."""
     path = run_dir / "config.json"
     if not path.exists():
         return None
@@ -106,7 +108,7 @@ def _saved_config(run_dir: Path) -> dict[str, Any] | None:
     return saved
 
 
-def _check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonConfig) -> None:
+def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonConfig) -> None:
     """A run is resumed with the options it began with; only `epochs` may grow."""
     if saved.get("experiment") != experiment:
         raise InputError(
