@@ -17,20 +17,17 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from deq_fusion_jax.diagnostics import jacobian_penalty
 from deq_fusion_jax.fusion import (
+    CellFusion,
     DEQFusion,
-    FusionCell,
     FusionOutput,
     FusionState,
-    Inject,
     Mask,
     Modalities,
-    as_function,
     dense,
     presence,
 )
-from deq_fusion_jax.solvers import relative_residual
+from deq_fusion_jax.solvers import Map, relative_residual
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats
 
@@ -206,63 +203,32 @@ class Attention(_Baseline):
         return jnp.sum(here * t, axis=-2) / jnp.maximum(jnp.sum(here, axis=-2), 1), None
 
 
-class WeightTied(nn.Module):
+class WeightTied(CellFusion):
     """The weight-tied unroll: `steps` steps z_{k+1} = f(z_k) from z_0 = 0, by backpropagation.
 
     f is the cell of `DEQFusion` with the same parameters, so each takes the other's variables. The
     output is alike; `stats` have the residual of the returned z, one more evaluation of f.
 
     Attributes:
+      steps: K, the depth.
       tol: relative residual at which `stats.converged` is True; it changes no step.
       remat: recompute the inside of a step in the backward pass instead of storing it.
-      groups and all below: see `DEQFusion`.
+      features and the others: see `CellFusion`, and there for the call and its errors.
     """
 
-    features: int
     steps: int = 10
     tol: float = 1e-4
     remat: bool = False
-    groups: int = 4
-    gate_scale: float = 0.25
-    residual_scale: float = 0.25
-    lift: float = 2.0
-    activation_last: bool = False
-    dropout: float = 0.0
-    jacobian_probes: int = 2
-    dtype: Any = None
 
-    @nn.compact
-    def __call__(self, inputs: Modalities, mask: Mask = None, train: bool = False) -> FusionOutput:
+    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
         _at_least_one(self, "steps")
-        inject = Inject(self.features, self.lift, self.dropout, self.dtype, name="inject")
-        injection = inject(inputs, mask, train)
-        cell = FusionCell(
-            tuple(sorted(inputs)),
-            self.features,
-            self.groups,
-            self.gate_scale,
-            self.residual_scale,
-            self.activation_last,
-            self.dtype,
-            name="cell",
-        )
-        z = jax.tree.map(jnp.zeros_like, FusionState(injection.modalities, injection.fused))
-        if self.is_initializing():
-            cell(z, injection)  # creates the parameters
-        f, variables = as_function(cell)
-        problem = (variables, injection)
         step = jax.checkpoint(f, prevent_cse=False) if self.remat else f
-        z = jax.lax.scan(lambda z, _: (step(z, *problem), None), z, length=self.steps)[0]
-        penalty = None
-        if self.has_rng("jacobian"):
-            key = self.make_rng("jacobian")
-            penalty = jacobian_penalty(f, z, *problem, key=key, probes=self.jacobian_probes)
-        held = jax.lax.stop_gradient((z, *problem))
+        z = jax.lax.scan(lambda z, _: (step(z, *args), None), z0, length=self.steps)[0]
+        held = jax.lax.stop_gradient((z, *args))
         residual = relative_residual(ravel(f(*held)), ravel(held[0]))
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
         steps = jnp.full(residual.shape, self.steps, jnp.int32)
-        stats = SolveStats(steps, residual, residual <= self.tol)
-        return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
+        return z, SolveStats(steps, residual, residual <= self.tol)
 
 
 def _at_least_one(module: nn.Module, name: str) -> None:

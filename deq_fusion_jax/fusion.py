@@ -11,8 +11,9 @@ map of the whole state, and `DEQFusion` solves for its fixed point.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from deq_fusion_jax.diagnostics import jacobian_penalty
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import GradientRule, Implicit
-from deq_fusion_jax.solvers import Anderson, Solver
+from deq_fusion_jax.solvers import Anderson, Map, Solver
 from deq_fusion_jax.state import describe
 from deq_fusion_jax.stats import SolveStats
 
@@ -302,26 +303,17 @@ def presence(inputs: Modalities, mask: Mask) -> Modalities:
     }
 
 
-class DEQFusion(nn.Module):
-    """Deep equilibrium fusion of named modalities: (inputs, mask, train, z0) → `FusionOutput`.
+class CellFusion(nn.Module):
+    """Fusion by iterating a `FusionCell`; a subclass says how, in `iterate`.
 
-        fusion = DEQFusion(features=512)
-        variables = fusion.init(key, {"image": x_image, "text": x_text})
-        out = fusion.apply(variables, {"image": x_image, "text": x_text})
-
-    `inputs` are [B, d_i], [B, T, d_i] or [B, H, W, d_i], alike but for d_i. `mask` tells which
-    modalities a sample has: bool or 0/1, {name: [B]} or [B, M] with columns in alphabetical order
-    of the names. With `train=True`, dropout draws one mask per solve from the rng "dropout".
-    `z0` is a `FusionState` to start from, zeros by default. An rng "jacobian" asks for the
-    Jacobian penalty at the equilibrium.
-
-    The defaults are the paper's maps started so that the iteration converges for inputs of every
-    scale: gate_scale, residual_scale and lift; `DEQFusion.official` has the paper's own start.
+    (inputs, mask, train, z0) → `FusionOutput`. `inputs` are [B, d_i], [B, T, d_i] or
+    [B, H, W, d_i] by modality, alike but for d_i. `mask` tells which modalities a sample has: bool
+    or 0/1, {name: [B]} or [B, M] with columns in alphabetical order of the names. With
+    `train=True`, dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState`
+    to start from, zeros by default. An rng "jacobian" asks for the Jacobian penalty at the result.
 
     Attributes:
       features: d, the width of every equilibrium.
-      solver: of the fixed point; see `deq_fixed_point`.
-      gradient: `Implicit`, `Phantom` or `Unrolled`.
       groups, gate_scale, residual_scale, activation_last, dtype: see `FusionCell`.
       lift: the root mean square c that small inputs are raised to; see `lift_scale`.
       dropout: rate on W_2 h of every modality and on the gates.
@@ -332,8 +324,7 @@ class DEQFusion(nn.Module):
     """
 
     features: int
-    solver: Solver = Anderson(tol=1e-4, max_steps=50)
-    gradient: GradientRule = Implicit()
+    _: KW_ONLY
     groups: int = 4
     gate_scale: float = 0.25
     residual_scale: float = 0.25
@@ -344,7 +335,7 @@ class DEQFusion(nn.Module):
     dtype: Any = None
 
     @classmethod
-    def official(cls, features: int, **fields: Any) -> "DEQFusion":
+    def official(cls, features: int, **fields: Any) -> Self:
         """The maps and the initialisation of the paper's code."""
         return cls(features, gate_scale=1.0, residual_scale=1.0, lift=0.0, **fields)
 
@@ -373,13 +364,39 @@ class DEQFusion(nn.Module):
         if self.is_initializing():
             cell(z0, injection)  # creates the parameters
         f, variables = as_function(cell)
-        problem = (variables, injection)
-        z, stats = deq_fixed_point(f, z0, *problem, solver=self.solver, gradient=self.gradient)
+        z, stats = self.iterate(f, z0, variables, injection)
         penalty = None
         if self.has_rng("jacobian"):
-            key = self.make_rng("jacobian")
-            penalty = jacobian_penalty(f, z, *problem, key=key, probes=self.jacobian_probes)
+            key, probes = self.make_rng("jacobian"), self.jacobian_probes
+            penalty = jacobian_penalty(f, z, variables, injection, key=key, probes=probes)
         return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
+
+    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
+        """The state that f(z, *args) is iterated to from z0, and how it went."""
+        raise NotImplementedError
+
+
+class DEQFusion(CellFusion):
+    """Deep equilibrium fusion of named modalities: the cell at its fixed point.
+
+        fusion = DEQFusion(features=512)
+        variables = fusion.init(key, {"image": x_image, "text": x_text})
+        out = fusion.apply(variables, {"image": x_image, "text": x_text})
+
+    The defaults are the paper's maps started so that the iteration converges for inputs of every
+    scale: gate_scale, residual_scale and lift; `DEQFusion.official` has the paper's own start.
+
+    Attributes:
+      solver: of the fixed point; see `deq_fixed_point`.
+      gradient: `Implicit`, `Phantom` or `Unrolled`.
+      features and the others: see `CellFusion`, and there for the call and its errors.
+    """
+
+    solver: Solver = Anderson(tol=1e-4, max_steps=50)
+    gradient: GradientRule = Implicit()
+
+    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
+        return deq_fixed_point(f, z0, *args, solver=self.solver, gradient=self.gradient)
 
 
 def as_function(cell: FusionCell) -> tuple[Callable[..., FusionState], Any]:

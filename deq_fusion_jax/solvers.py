@@ -123,16 +123,10 @@ class _PerSample(IterativeSolver):
         age = jnp.where(finite, state.age + 1, 0)
         memory, proposal = self.config.propose(state.memory, state.iter_num, age, z, fz)
 
-        # Mixing can come to rest where the residual has a minimum that is no fixed point; plain
-        # iteration walks on. So a sample that stalls alternates between the two.
-        was_plain = state.since % (MIXED + PLAIN) >= MIXED
-        anew = residual < PROGRESS * state.milestone
-        anew |= was_plain & (residual > ESCAPE * state.milestone)
-        milestone = jnp.where(anew, residual, state.milestone)
-        since = jnp.where(anew, 0, state.since + 1)
-        stalled = since % (MIXED + PLAIN) >= MIXED
+        # A plain step where mixing is singular, or where it leads nowhere.
+        milestone, since = _progress(state, residual)
         plain = z + self.config.damping * (fz - z)
-        usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~stalled  # not finite: singular mixing
+        usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~_stalled(since)
         proposal = jnp.where(usable[:, None], proposal, plain)
         proposal = jnp.where(finite[:, None], proposal, best)
         z_next = jnp.where(unfinished[:, None], self.round(proposal), z)
@@ -158,10 +152,28 @@ class _PerSample(IterativeSolver):
         return self.f(z, *args) - z
 
 
+def _progress(state: _State, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The residual that progress is measured against from here on, and evaluations since it.
+
+    Mixing can come to rest where the residual has a minimum that is no fixed point; plain iteration
+    walks on. So a sample that stalls alternates between the two.
+    """
+    anew = residual < PROGRESS * state.milestone
+    anew |= _stalled(state.since) & (residual > ESCAPE * state.milestone)
+    return jnp.where(anew, residual, state.milestone), jnp.where(anew, 0, state.since + 1)
+
+
+def _stalled(since: jax.Array) -> jax.Array:
+    """Whether plain steps are due."""
+    return since % (MIXED + PLAIN) >= MIXED
+
+
 def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
-    """‖f(z) − z‖ / ‖f(z)‖ per row of [B, N] matrices; 0 where both norms are 0."""
+    """‖f(z) − z‖ / ‖f(z)‖ per row of [B, N] matrices; 0 where f(z) = z = 0."""
     tiny = jnp.finfo(z.dtype).tiny
-    return _norm(fz - z) / (_norm(fz) + tiny)
+    # Squares of small or large states would leave the range of float32, so the rows are scaled.
+    size = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, keepdims=True) + tiny
+    return _norm((fz - z) / size) / (_norm(fz / size) + tiny)
 
 
 def _norm(x: jax.Array) -> jax.Array:

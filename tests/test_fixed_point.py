@@ -439,6 +439,19 @@ def test_bfloat16(solver):
     assert jnp.linalg.norm(gradient - want) < 0.05 * jnp.linalg.norm(want)
 
 
+def test_bfloat16_residual_is_that_of_the_state_returned():
+    """Not of an iterate between two numbers of bfloat16."""
+
+    def f(z):  # rounded once, with and without jit
+        return 0.5 * z + 1
+
+    z0 = jnp.zeros((3, 2), jnp.bfloat16) + jnp.array([[0.0], [0.3], [0.8]], jnp.bfloat16)
+    z, stats = deq_fixed_point(f, z0, solver=Picard(tol=1e-2, max_steps=4, damping=0.7))
+    image, z = f(z).astype(jnp.float32), z.astype(jnp.float32)
+    residual = jnp.linalg.norm(image - z, axis=1) / jnp.linalg.norm(image, axis=1)
+    np.testing.assert_allclose(stats.residual, residual, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tol"), [("bfloat16", 1e-4), ("float16", 1e-4), ("float32", 1e-8)]
 )

@@ -139,7 +139,7 @@ def test_output_is_the_cells_fixed_point(inner):
 
 @pytest.mark.parametrize("inner", [(), (3,)])
 def test_lift_scale(inner):
-    scale = np.array([1e-6, 1e-2, 1.0, 1e2, 1e6], np.float32).reshape(5, *(1,) * (len(inner) + 1))
+    scale = np.array([1e-3, 1e-2, 1.0, 1e2, 1e6], np.float32).reshape(5, *(1,) * (len(inner) + 1))
     x = scale * jax.random.normal(jax.random.key(0), (5, *inner, 16))
     axes = tuple(range(1, x.ndim))
 

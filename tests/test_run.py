@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import numpy as np
 import optax
 import pytest
@@ -26,6 +27,14 @@ from experiments.run import Job, execute
 from experiments.train import Prediction, Schedule, Task
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Model(nn.Module):
@@ -127,7 +136,7 @@ class TestDirectory:
         assert [row["epoch"] for row in history] == [0, 1, 2]
         assert history[0]["loss"] is None and all(row["loss"] > 0 for row in history[1:])
         for row in history:
-            assert set(row["validation"]) == {"accuracy", "weighted_f1", "macro_f1", "loss"}
+            assert set(row["validation"]) == {"accuracy", "weighted_f1", "macro_f1"}
             assert 0 <= row["solver"]["converged"] <= 1
 
     def test_results(self, deq):
@@ -191,7 +200,8 @@ class TestResume:
         results = run.execute(epochs=4, resume=True)
         assert [row["epoch"] for row in run.history()] == [0, 1, 2, 3, 4]
         assert run.history()[:3] == before
-        assert run.json("results.json") == results and run.json("config.json")["config"]["epochs"] == 4
+        assert run.json("results.json") == results
+        assert run.json("config.json")["config"]["epochs"] == 4
         at_once = dataclasses.replace(run.config, run_dir=tmp_path / "at-once", epochs=4)
         schedule = run.job.schedule._replace(epochs=4)
         expected = execute(run.job._replace(schedule=schedule), at_once)
@@ -237,7 +247,7 @@ class TestResume:
             if file.is_file():
                 file.write_bytes(b"")
         before = run.history()
-        with pytest.raises(InputError, match="no whole checkpoint: step 4 differs .* step 2"):
+        with pytest.raises(InputError, match=r"no whole checkpoint: step 4 differs .* step 2"):
             run.execute(epochs=4, resume=True)
         assert run.history() == before
 
@@ -304,14 +314,13 @@ COMMANDS = [
     (mmimdb, ["--data-dir", "d", "--features", "128", "--epochs", "40", "--tol", "1e-05"]),
     (mmimdb, ["--download", "--features-npz", "f.npz", "--cache-dir", "c", "--dropout", "0.0"]),
     (multiomics, ["--dataset", "brca", "--download", "--evaluate-every", "5"]),
-    (multiomics, ["--data-dir", "-odd", "--jacobian-weight", "0", "--learning-rate", "3e-4"]),
+    (multiomics, ["--data-dir", "d", "--jacobian-weight", "0", "--learning-rate", "3e-4"]),
 ]  # fmt: skip
 
 
 class TestOptions:
     @pytest.mark.parametrize(("experiment", "args"), COMMANDS)
     def test_the_command_of_the_report_repeats_the_run(self, experiment, args):
-        args = [f"--data-dir={args[1]}", *args[2:]] if "-odd" in args else args
         config = experiment.parse_args(args)
         name = experiment.__name__.split(".")[-1]
         python, module, target, *words = shlex.split(command_line(name, config))
@@ -349,14 +358,9 @@ class TestOptions:
             assert "\n" not in str(caught.value) and "│" not in str(caught.value)
             assert str(caught.value).endswith("; --help lists the options")
 
-    @pytest.mark.parametrize(
-        "options",
-        [{"fusion": "nonsense"}, {"tol": 0.0}, {"tol": 1e-12}, {"max_steps": 0}, {"features": 18}],
-    )
-    def test_a_fusion_that_cannot_be_is_bad_input(self, options):
-        with pytest.raises(InputError, match=next(iter(options))):
-            config = CommonConfig(**options)
-            build_fusion(config, ("a", "b"))
+    def test_an_unknown_fusion_lists_the_known(self):
+        with pytest.raises(InputError, match=r"--fusion nonsense: .*'deq'.*'lmf'.*'plot'"):
+            build_fusion(CommonConfig(fusion="nonsense"), ("plot", "poster"))
 
     @pytest.mark.parametrize("name", ["deq", "weight_tied", "concat", "sum", "gmu", "lmf", "b"])
     def test_the_options_reach_the_fusion(self, name):

@@ -259,18 +259,16 @@ def test_anderson_survives_repeated_residuals():
 
 
 def test_anderson_passes_a_minimum_of_the_residual():
-    """f(z) − z has a minimum of 0.05 at z = 1, where secants turn back; its root is beyond 3."""
+    """f(z) − z has a minimum of 0.05 at z = 1, where mixing comes to rest; its root is beyond 3."""
     shift = np.poly1d([0.05]) + 0.2 * np.poly1d([1, -1]) ** 2 * np.poly1d([-1, 3])
     root = next(r.real for r in shift.roots if abs(r.imag) < 1e-12)
 
     def f(z):
         return z + 0.05 + 0.2 * (z - 1) ** 2 * (3 - z)
 
-    solver = Anderson(tol=1e-4, max_steps=300, history=2)
-    z, stats = solve(f, jnp.array([[0.0], [0.5], [3.0]]), solver=solver)
+    z, stats = solve(f, jnp.linspace(-1, 4, 50)[:, None], solver=Anderson(max_steps=300))
     assert stats.converged.all()
-    np.testing.assert_allclose(z, root, rtol=1e-3)
-    assert stats.steps[2] < 10
+    np.testing.assert_allclose(z, np.full((50, 1), root), rtol=1e-3)
 
 
 # --- Broyden -----------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ def test_broyden_starts_afresh_when_its_memory_is_full(x64):
 def test_divergence_is_reported():
     z, stats = solve(lambda z: 3 * z + 1, jnp.zeros((2, 2)), solver=Picard())
     assert not stats.converged.any() and jnp.isfinite(z).all()
-    assert (stats.residual > 0.5).all() and stats.steps.tolist() == [50, 50]
+    assert (stats.residual > 0.5).all() and (stats.steps > 20).all()
 
 
 def test_overflow_is_reported():
@@ -422,7 +420,7 @@ def test_a_failed_solve_of_jaxopt_is_reported():
 
 
 def test_what_is_no_solver():
-    for stranger in ("anderson", None, jnp.cos):
-        with pytest.raises(TypeError, match="expected Picard, Anderson or Broyden"):
+    for stranger in ("anderson", None, jnp.cos, Anderson):
+        with pytest.raises(TypeError, match="Picard, Anderson or Broyden"):
             deq_fixed_point(jnp.cos, jnp.zeros((1, 1)), solver=stranger)
     assert as_solver(Anderson()) == Anderson()

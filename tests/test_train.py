@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from deq_fusion_jax import Anderson, DEQFusion, FusionOutput
+from deq_fusion_jax import DEQFusion, FusionOutput, Picard
+from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
 from experiments.checkpoint import Checkpoints
 from experiments.config import build_fusion
@@ -33,6 +34,14 @@ from experiments.train import (
     run_epochs,
     train_step,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Net(nn.Module):
@@ -122,7 +131,7 @@ class Deq:
             self.traces += 1
             return cross_entropy(prediction, labels)
 
-        fusion = DEQFusion(8, solver=Anderson(tol=1e-3, max_steps=20), dropout=0.2)
+        fusion = DEQFusion(8, solver=Picard(tol=1e-3, max_steps=40), dropout=0.2)
         self.task = Task(Net(fusion), loss, accuracy, np.asarray, "accuracy")
         self.optimiser = optax.adamw(3e-2)
         self.after = []  # tracings seen at each row of the first fit
@@ -139,7 +148,7 @@ def deq():
     return Deq()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -150,9 +159,9 @@ class TestResume:
 
             def kill(row, last=epoch):
                 if row["epoch"] == last:
-                    raise Killed
+                    raise KilledError
 
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 deq.fit(4, Checkpoints(tmp_path), kill)
         seen = []
         again = deq.fit(4, Checkpoints(tmp_path), seen.append)
@@ -175,16 +184,19 @@ class TestResume:
     def test_dropout_and_batch_statistics_are_at_work(self, deq):
         """Else the tests above would say little."""
         start = init_state(deq.task, deq.optimiser, deq.train.inputs, 3)
-        step = jax.jit(lambda s: train_step(deq.task, deq.optimiser, s, *deq.train)[0])
-        one, other = step(start), step(start._replace(step=start.step + 1))
-        assert bits(one.variables.params) != bits(other.variables.params)
-        assert bits(one.variables.batch_stats) != bits(start.variables.batch_stats)
+        assert bits(start.variables.batch_stats) != bits(deq.whole.last.variables.batch_stats)
+        step = jax.make_jaxpr(lambda s: train_step(deq.task, deq.optimiser, s, *deq.train)[0])
+        assert "random_bits" in str(step(start))
 
     def test_the_seed_decides(self, deq):
-        def start(seed):
-            return bits(init_state(deq.task, deq.optimiser, deq.train.inputs, seed))
+        task = dataclasses.replace(deq.task, model=Net(Sum(8)))
 
-        assert start(3) == start(3) != start(4)
+        def start(seed):
+            state = init_state(task, deq.optimiser, deq.train.inputs, seed)
+            return bits(state.variables.params), bits(state.key)
+
+        assert start(3) == start(3)
+        assert all(a != b for a, b in zip(start(3), start(4), strict=True))
 
     def test_a_run_stopped_by_infinity_stays_stopped(self, tmp_path):
         options = {"rate": 1e10, "power": 4, "start": 1.0, "checkpoints": Checkpoints(tmp_path)}
@@ -199,30 +211,14 @@ class TestHistory:
         assert [row["epoch"] for row in deq.whole.history] == [0, 1, 2, 3, 4]
         assert first["loss"] is None and first["train"] == {} and first["seconds"] == 0
         for row in deq.whole.history:
-            assert set(row["validation"]) == {"accuracy", "loss"}
+            assert set(row["validation"]) == {"accuracy"} and row["validation_loss"] > 0
             assert set(row["gates"]) == {"a", "b"}
             assert set(row["solver"]) == {"converged", "mean_steps", "max_steps", "residual"}
-            assert row["solver"]["converged"] == 1 and 1 <= row["solver"]["mean_steps"] <= 20
-            assert row["solver"]["mean_steps"] <= row["solver"]["max_steps"]
-            assert 0 < row["solver"]["residual"] <= 1e-3
+            assert 1 <= row["solver"]["mean_steps"] <= row["solver"]["max_steps"]
+            assert (row["solver"]["converged"] == 1) == (0 < row["solver"]["residual"] <= 1e-3)
         for row in others:
             assert set(row["train"]) == {"loss", "gradient_norm", *row["solver"]}
             assert row["loss"] == row["train"]["loss"] > 0 and row["train"]["gradient_norm"] > 0
-
-    def test_rows_are_of_the_variables_of_their_time(self, deq):
-        """Recomputed here, without `evaluate`'s batches."""
-        for variables, row in (
-            (deq.whole.last.variables, deq.whole.history[-1]),
-            (deq.whole.best, deq.whole.history[deq.whole.best_epoch]),
-        ):
-            out = deq.task.model.apply(variables._asdict(), deq.validation.inputs)
-            logits, labels = np.asarray(out.logits)[:, 0], deq.validation.labels
-            losses = np.logaddexp(0, logits) - labels * logits
-            expected = {"accuracy": np.mean((logits > 0) == labels), "loss": losses.mean()}
-            assert row["validation"] == pytest.approx(expected, rel=1e-3)
-            gates = {name: np.abs(gate).mean() for name, gate in out.fusion.gates.items()}
-            assert row["gates"] == pytest.approx(gates, rel=1e-3)
-            assert row["solver"]["mean_steps"] == pytest.approx(np.mean(out.fusion.stats.steps))
 
     def test_loss_is_the_mean_over_the_steps_of_the_epoch(self):
         """w is 0, 1, 2, … at the steps, two of them an epoch, and the loss is -w."""
@@ -299,12 +295,17 @@ class TestEvaluate:
     def test_batch_size_does_not_change_a_row(self, deq):
         variables, split = deq.whole.best, deq.validation
         one = evaluate(deq.task, variables, split, 4)
-        other = evaluate(deq.task, variables, split, 64)
+        other = evaluate(deq.task, variables, split)
         assert one.probabilities.shape == (11, 1)
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)
         np.testing.assert_array_equal(one.stats.steps, other.stats.steps)
         assert one.stats.converged.shape == one.gates["a"].shape == (11,)
-        assert one.metrics == other.metrics
+        right = np.mean((one.probabilities[:, 0] > 0) == split.labels)
+        assert one.metrics == other.metrics == {"accuracy": pytest.approx(right)}
+        row = deq.whole.history[deq.whole.best_epoch]  # the history is of these variables
+        assert row["validation"]["accuracy"] == one.metrics["accuracy"]
+        assert row["gates"] == pytest.approx({m: g.mean() for m, g in one.gates.items()}, rel=1e-4)
+        assert row["solver"]["mean_steps"] == pytest.approx(one.stats.steps.mean())
 
     @pytest.mark.parametrize("batch_size", [1, 3, 4, 6, 7, 256])
     def test_loss_is_the_mean_over_the_rows(self, batch_size):
