@@ -29,12 +29,15 @@ def parse(default: Config, args: Sequence[str], prog: str) -> Config:
 
 
 def _first_paragraph(framed: str) -> str:
-    """The text of a framed message up to its first rule."""
-    text = []
+    """What stands before the first rule, or where there is no frame below the title's rule."""
+    paragraphs: list[list[str]] = [[]]
     for line in framed.splitlines():
-        inner = line.strip("│╭╮╰╯ ")
-        if line.startswith("│") and inner.startswith("──"):
-            break
-        if line.startswith("│"):
-            text.append(inner)
+        inner = line.strip("│ ")
+        if line[:1] in ("╭", "╰") or not inner:
+            continue
+        if set(inner) <= {"─", "-"}:
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(inner)
+    text = paragraphs[0 if "╭" in framed else 1]
     return f"{' '.join(text)}; --help lists the options"

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from deq_fusion_jax.baselines import FUSIONS
 from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_rows
@@ -38,6 +39,7 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The comparison's own options, and the rest, which are the experiment's."""
     parser = _Parser(
         prog="python -m experiments.compare",
+        allow_abbrev=False,
         description="Trains several fusions with several seeds and prints one table.",
         epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
     )
@@ -46,6 +48,9 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
     parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/compare")
     options, rest = parser.parse_known_args(args)
+    for option in ("--seed", "--fusion", "--resume", "--no-resume"):
+        if any(word.split("=")[0] == option for word in rest):
+            raise InputError(f"{option} is set by the comparison itself; use --seeds or --fusions")
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
     return options, rest
@@ -63,13 +68,19 @@ def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | 
     check_same_run(run_dir, saved, experiment, config)
     if saved["config"].get("epochs") != config.epochs or not results.exists():
         return None
-    return json.loads(results.read_text(encoding="utf-8"))
+    try:
+        return json.loads(results.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{results} cannot be read ({error}); remove it to run again") from error
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     """Runs what is missing and returns all rows."""
     experiment = importlib.import_module(f"experiments.{options.experiment}")
     base: CommonConfig = experiment.parse_args(rest)
+    choices = {*FUSIONS, *experiment.MODALITIES}
+    if unknown := [name for name in options.fusions if name not in choices]:
+        raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")
     folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
     rows = []
     for seed in range(options.seeds):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from deq_fusion_jax import Anderson
 from deq_fusion_jax.baselines import make_fusion
@@ -47,15 +48,34 @@ class CommonConfig:
     tol: float = 1e-3
     max_steps: int = 100
 
+    def __post_init__(self) -> None:
+        eps = float(jnp.finfo(jnp.float32).eps)
+        require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        require(self.features >= 1, "features", self.features, "1 or more")
+        require(eps <= self.tol < 1, "tol", self.tol, f"from {eps:.1e}, float32's resolution, to 1")
+        require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
+        weight = self.jacobian_weight
+        require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
+
+
+def require(usable: bool, option: str, given: Any, expected: str) -> None:
+    """Raises InputError unless `usable`."""
+    if not usable:
+        raise InputError(f"--{option.replace('_', '-')} {given}: expected {expected}")
+
 
 def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
     """The fusion that the options describe."""
     options: dict[str, Any] = {}
-    if config.fusion == "deq":
-        options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
-    if config.fusion == "weight_tied":
-        options["tol"] = config.tol
+    if config.fusion in ("deq", "weight_tied", "attention") and config.features % 4:
+        raise InputError(
+            f"--features {config.features}: --fusion {config.fusion} needs a multiple of 4"
+        )
     try:
+        if config.fusion == "deq":
+            options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
+        if config.fusion == "weight_tied":
+            options["tol"] = config.tol
         return make_fusion(config.fusion, config.features, modalities, **options)
     except ValueError as error:
         raise InputError(f"--fusion {config.fusion}: {error}") from error
@@ -86,8 +106,10 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
             raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
     else:
         check_same_run(run_dir, saved, experiment, config)
-    for folder in (run_dir, run_dir / "figures"):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_dir / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from error
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter training
     settings = {"experiment": experiment, "config": config_to_dict(config), "versions": versions()}
     write_json(run_dir / "config.json", settings)
@@ -117,7 +139,7 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
         )
     if not config.resume:
         raise InputError(f"{run_dir} holds a run already; add --resume to go on with it")
-    free = ("resume", "run_dir", "epochs", "cache_dir", "data_dir")
+    free = ("resume", "run_dir", "epochs", "cache_dir")
     now = config_to_dict(config)
     for name in sorted((now.keys() | saved["config"].keys()) - set(free)):
         before, after = saved["config"].get(name), now.get(name)
@@ -131,15 +153,11 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
 def command_line(experiment: str, config: CommonConfig) -> str:
     """The command line that repeats the run."""
     words = ["python", "-m", f"experiments.{experiment}"]
-    defaults = type(config)()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in ("resume", "run_dir") or value == getattr(defaults, field.name):
+        if field.name in ("resume", "run_dir") or value is None or value is False:
             continue
         option = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            parts = value if isinstance(value, tuple) else (value,)
-            words += [f"--{option}", *map(str, parts)]
+        parts = value if isinstance(value, tuple) else (value,)
+        words += [f"--{option}", *(() if value is True else map(str, parts))]
     return shlex.join(words)

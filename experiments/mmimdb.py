@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion
+from experiments.config import CommonConfig, build_fusion, require
 from experiments.datasets import Dataset, Split, mmimdb
 from experiments.datasets.text import build_vocabulary, encode
 from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
@@ -69,6 +69,18 @@ class Config(CommonConfig):
     vocabulary: int = 20_000
     plot_length: int = 200
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
+        rate, decay = self.learning_rate, self.weight_decay
+        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
+        require(0 <= self.fusion_rate < float("inf"), "fusion_rate", self.fusion_rate, "0 or more")
+        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
+        for name in ("batch_size", "patience", "plot_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(min(self.hidden) >= 1, "hidden", self.hidden, "1 or more")
+        require(self.vocabulary >= 3, "vocabulary", self.vocabulary, "3 or more")
+
 
 SAMPLE = Config(
     epochs=40, features=128, hidden=(128, 128), batch_size=128, fusion_rate=1.0, patience=15
@@ -81,6 +93,9 @@ def parse_args(args: Sequence[str]) -> Config:
     config = parse(SAMPLE, args, program)
     real = config.data_dir is not None or config.download
     return parse(Config(), args, program) if real else config
+
+
+MODALITIES = ("text", "image")
 
 
 class MMIMDBModel(nn.Module):

@@ -25,10 +25,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion
+from experiments.config import CommonConfig, build_fusion, require
 from experiments.datasets import Dataset, Split, multiomics
 from experiments.datasets.preprocess import carve_validation, min_max
-from experiments.errors import exit_cleanly
+from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Metrics, Results, binary_metrics, multiclass_metrics
 from experiments.run import Job, execute
 from experiments.train import Prediction, Schedule, Task
@@ -61,6 +61,19 @@ class Config(CommonConfig):
     validation: float = 0.2
     evaluate_every: int = 10
     patience: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
+        require(0 < self.validation < 1, "validation", self.validation, "a share between 0 and 1")
+        rate, decay = self.learning_rate, self.weight_decay
+        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
+        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
+        for name in ("evaluate_every", "patience"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+MODALITIES = multiomics.MODALITIES
 
 
 def parse_args(args: Sequence[str]) -> Config:
@@ -132,11 +145,17 @@ def logistic_regression(train: Split, test: Split) -> Metrics:
 
     Its penalty is chosen among C = 0.001 … 1 by five-fold cross-validation on train.
     """
+    patients = np.bincount(train.labels)
+    if np.count_nonzero(patients) < 2 or patients[patients > 0].min() < 2:
+        raise InputError(
+            f"the training rows have {patients.tolist()} patients by class; expected at least two "
+            "classes, and two patients in each"
+        )
     choice = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
         {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]},
         scoring="neg_log_loss",
-        cv=5,
+        cv=min(5, patients[patients > 0].min()),
     )
     choice.fit(np.hstack(list(train.inputs.values())), train.labels)
     return metrics(test.labels, choice.predict_proba(np.hstack(list(test.inputs.values()))))

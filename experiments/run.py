@@ -65,10 +65,12 @@ def execute(job: Job, config: CommonConfig) -> Results:
     validation = job.dataset.validation
     assert validation is not None
     started = time.monotonic()
-    with _progress(job, config) as show, (run_dir / "metrics.jsonl").open("w") as log:
+    rows: list[str] = []
+    with _progress(job, config) as show:
 
         def report(row: dict[str, Any]) -> None:
-            print(json.dumps(plain(row)), file=log, flush=True)
+            rows.append(json.dumps(plain(row)) + "\n")
+            write_text(run_dir / "metrics.jsonl", "".join(rows))
             show(row)
 
         fitted = fit(

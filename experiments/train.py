@@ -121,7 +121,7 @@ def fit(
 ) -> Fitted:
     """Trains until `schedule` says stop, and keeps the variables that do best on validation.
 
-    Every evaluation, the one before the first step included, appends a row to the history,
+    Every evaluation, the one before the first step included, adds a row to the history,
     {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
     validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
     hands it to `report` and saves a checkpoint. Where `checkpoints` holds any, training goes on
@@ -137,11 +137,11 @@ def fit(
         state, best = tree["state"], tree["best"]
         history, best_epoch = metadata["history"], metadata["best_epoch"]
 
-    def evaluate_now(seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
+    def evaluate_now(epoch: int, seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
         result = evaluate(task, state.variables, validation)
         means = {name: float(np.mean(value)) for name, value in seen.items()}
         return {
-            "epoch": history[-1]["epoch"] + schedule.evaluate_every if history else 0,
+            "epoch": epoch,
             "loss": means.get("loss"),
             "validation_loss": result.loss,
             "validation": result.metrics,
@@ -152,16 +152,18 @@ def fit(
         }
 
     if not history:
-        history.append(evaluate_now({}, 0.0))
+        history.append(evaluate_now(0, {}, 0.0))
     for row in history:
         report(row)
     while history[-1]["epoch"] < schedule.epochs and not _is_over(history, best_epoch, schedule):
         start = time.monotonic()
-        state, seen = run_epochs(task, optimiser, state, train, batch_size, schedule.evaluate_every)
-        row = evaluate_now(seen, 0.0)
+        epochs = min(schedule.evaluate_every, schedule.epochs - history[-1]["epoch"])
+        state, seen = run_epochs(task, optimiser, state, train, batch_size, epochs)
+        row = evaluate_now(history[-1]["epoch"] + epochs, seen, 0.0)
         row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
         highest = history_at(history, best_epoch)["validation"][task.monitor]
-        if best_epoch == 0 or row["validation"][task.monitor] > highest:
+        score = row["validation"][task.monitor]
+        if score > highest or (np.isfinite(score) and not np.isfinite(highest)):
             best, best_epoch = _copy(state.variables), row["epoch"]
         history.append(row)
         if checkpoints:
@@ -304,15 +306,15 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
     index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
     logits, stats, gates, losses = _predict(task, variables, split, index)
     host = jax.tree.map(
-        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows], (logits, stats, gates)
+        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows], (logits, stats, gates, losses)
     )
-    logits, stats, gates = host
-    weights = np.minimum(batch_size, rows - np.arange(len(index)) * batch_size)
-    probabilities = task.probabilities(logits)
-    labels = np.asarray(split.labels)
-    metrics = dict(task.metrics(labels, probabilities))
-    loss = float(np.average(losses, weights=weights))
-    return Evaluation(probabilities, metrics, loss, stats, gates)
+    logits, stats, gates, losses = host
+    finite = bool(np.isfinite(logits).all())
+    probabilities = task.probabilities(logits if finite else np.zeros_like(logits))
+    metrics = dict(task.metrics(np.asarray(split.labels), probabilities))
+    if not finite:  # a model that has diverged has no score
+        metrics = dict.fromkeys(metrics, float("nan"))
+    return Evaluation(probabilities, metrics, float(np.mean(losses)), stats, gates)
 
 
 @partial(jax.jit, static_argnames=("task",))
@@ -324,6 +326,7 @@ def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -
         gates = jax.tree.map(
             lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
         )
-        return prediction.logits, fusion.stats, gates, task.loss(prediction, labels)
+        one_row = jax.tree.map(lambda x: x[:, None], (prediction, labels))
+        return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
     return jax.lax.map(batch, index)

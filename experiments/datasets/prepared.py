@@ -79,7 +79,7 @@ def prepare(
         shutil.rmtree(home)
     if not home.exists():
         home.parent.mkdir(parents=True, exist_ok=True)
-        print(f"preparing {name} (once) in {home}", file=sys.stderr)
+        print(f"preparing {name} (once) in {home}")
         with tempfile.TemporaryDirectory(prefix="incomplete-", dir=home.parent) as scratch:
             _publish(_build(make_builder, scratch), home)
     return tfds.builder_from_directory(home)

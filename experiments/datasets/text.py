@@ -20,7 +20,7 @@ def build_vocabulary(texts: Iterable[str], size: int) -> dict[str, int]:
     Words of equal frequency come in alphabetical order, so the ids depend on the texts alone.
     """
     counts = Counter(word for text in texts for word in words(text))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[: max(size - 2, 0)]
     return {word: i for i, word in enumerate(ranked, start=2)}
 
 
