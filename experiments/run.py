@@ -26,7 +26,7 @@ from deq_fusion_jax import DEQFusion
 from experiments import figures
 from experiments.checkpoint import Checkpoints
 from experiments.config import CommonConfig, command_line, open_run
-from experiments.datasets import Dataset, Split
+from experiments.datasets import Dataset
 from experiments.evaluate import Metrics, Results, per_class_f1
 from experiments.report import (
     config_to_dict,
@@ -185,11 +185,9 @@ def residuals_by_step(job: Job, fitted: Fitted) -> tuple[np.ndarray, float] | No
     model = job.task.model.clone(fusion=fusion.clone(solver=solver))
     validation = job.dataset.validation
     assert validation is not None
-    rows = jax.tree.map(lambda x: x[:TRACED_SAMPLES], tuple(validation))
-    task = dataclasses.replace(job.task, model=model)
-    result = evaluate(task, fitted.best, Split(*rows), len(rows[1]))
-    assert result.stats is not None
-    return result.stats.trace, solver.tol
+    inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
+    prediction: Any = jax.jit(model.apply)(fitted.best._asdict(), inputs)
+    return np.asarray(prediction.fusion.stats.trace), solver.tol
 
 
 def _solver_summary(result: Evaluation) -> Metrics | None:

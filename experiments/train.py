@@ -326,7 +326,8 @@ def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -
         gates = jax.tree.map(
             lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
         )
-        one_row = jax.tree.map(lambda x: x[:, None], (prediction, labels))
+        learned = prediction._replace(fusion=fusion._replace(stats=None))
+        one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
         return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
     return jax.lax.map(batch, index)
