@@ -173,7 +173,9 @@ def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
     tiny = jnp.finfo(z.dtype).tiny
     # Squares of small or large states would leave the range of float32, so the rows are scaled.
     size = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, keepdims=True) + tiny
-    return _norm((fz - z) / size) / (_norm(fz / size) + tiny)
+    residual = _norm((fz - z) / size) / (_norm(fz / size) + tiny)
+    # Past this size 1 / size is denormal, and the quotients would be flushed to 0.
+    return jnp.where(size[:, 0] < 0.01 * jnp.finfo(z.dtype).max, residual, jnp.inf)
 
 
 def _norm(x: jax.Array) -> jax.Array:
