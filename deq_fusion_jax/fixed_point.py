@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from deq_fusion_jax.gradients import GradientRule, Implicit
 from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
-from deq_fusion_jax.state import PyTree, check_state, describe
+from deq_fusion_jax.state import PyTree, check_state, describe, same_kind
 from deq_fusion_jax.stats import SolveStats
 
 
@@ -62,7 +62,11 @@ def deq_fixed_point(
     # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
     # where custom_vjp can see it.
     closed, out = jax.make_jaxpr(f, return_shape=True)(z0, *args)
-    _check_same(z0, out)
+    if not same_kind(z0, out):
+        raise ValueError(
+            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
+            "The first axis of every array is the batch."
+        )
     jaxpr, treedef = closed.jaxpr, jax.tree.structure(z0)
 
     def lifted(z: PyTree, args: tuple[PyTree, ...], consts: list[jax.Array]) -> PyTree:
@@ -70,14 +74,6 @@ def deq_fixed_point(
         return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, consts, *leaves))
 
     return _fixed_point(lifted, as_solver(solver), gradient, z0, args, closed.consts)
-
-
-def _check_same(z0: PyTree, out: PyTree) -> None:
-    if describe(z0) != describe(out):
-        raise ValueError(
-            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
-            "The first axis of every array is the batch."
-        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.solvers import Map, Solver
-from deq_fusion_jax.state import PyTree
+from deq_fusion_jax.state import PyTree, ravel
 
 
 class GradientRule(Protocol):
@@ -49,16 +49,25 @@ class Implicit:
 
     def pullback(self, f, z0, z_star, args, g, fixed_point, solver):
         _, vjp = jax.vjp(f, z_star, *args)
-        # The equation is linear: solved for a cotangent of unit size, small ones do not underflow.
-        size = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(g)]))
-        size = jax.lax.stop_gradient(jnp.where(size > 0, size, 1))
-        unit = jax.tree.map(lambda x: (x / size).astype(x.dtype), g)
+        # The equation is linear: solved for cotangents of unit size, small ones do not underflow.
+        size = jax.lax.stop_gradient(jnp.max(jnp.abs(ravel(g)), axis=1))
+        size = jnp.where(size > 0, size, 1)
+        unit = _per_sample(jnp.divide, g, size)
 
         def adjoint_map(u: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, vjp(u)[0], unit)
 
         u, _ = fixed_point(adjoint_map, unit, solver=self.solver or solver, gradient=self)
-        return vjp(jax.tree.map(lambda x: (x * size).astype(x.dtype), u))[1:]
+        return vjp(_per_sample(jnp.multiply, u, size))[1:]
+
+
+def _per_sample(operation: Callable[..., jax.Array], z: PyTree, s: jax.Array) -> PyTree:
+    """operation(z, s) with one number s [B] per sample."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        return operation(x, s.reshape(-1, *(1 for _ in x.shape[1:]))).astype(x.dtype)
+
+    return jax.tree.map(leaf, z)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,17 @@ def params_from_official(state_dict: Mapping[str, Any], modalities: Sequence[str
       modalities: our names of the modalities, in the official order.
 
     Raises:
-      ValueError: an entry is missing or left over, or the number of modalities differs.
+      ValueError: an entry is missing or left over, the number of modalities differs, or a name
+        comes twice.
     """
+    if len(set(modalities)) < len(modalities):
+        raise ValueError(f"modalities are {tuple(modalities)}; name every modality once.")
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
     fusion = f"func_.branches.{len(modalities)}"
     if f"{fusion}.gate.weight" not in arrays:
         raise ValueError(
             f"state_dict has no '{fusion}.gate.weight', which it must have for the "
-            f"{len(modalities)} modalities {tuple(modalities)}; name every modality once."
+            f"{len(modalities)} modalities {tuple(modalities)}."
         )
 
     def take(name: str) -> jnp.ndarray:

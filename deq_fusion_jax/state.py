@@ -12,8 +12,16 @@ PyTree = Any
 
 def describe(tree: PyTree) -> str:
     """The tree with `dtype[shape]` in place of its arrays, for error messages."""
-    shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
-    return str(shapes).replace("'", "")
+    text = str(jax.tree.structure(tree)).removeprefix("PyTreeDef(")[:-1].replace("'", "")
+    for x in jax.tree.leaves(tree):
+        text = text.replace("*", f"{x.dtype}{list(x.shape)}", 1)
+    return text
+
+
+def same_kind(a: PyTree, b: PyTree) -> bool:
+    """Whether a and b are alike in structure, shapes and dtypes."""
+    kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (a, b)]
+    return jax.tree.structure(a) == jax.tree.structure(b) and kinds[0] == kinds[1]
 
 
 def check_state(z: PyTree) -> None:

@@ -148,6 +148,11 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
                 f"{run_dir} was run with {name} = {before}, not {after}; resume it with the same "
                 "options or give another --run-dir"
             )
+    if config.epochs < saved["config"].get("epochs", 0):
+        raise InputError(
+            f"--epochs {config.epochs}: {run_dir} was run with {saved['config']['epochs']}, which "
+            "may only grow"
+        )
 
 
 def command_line(experiment: str, config: CommonConfig) -> str:

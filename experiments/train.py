@@ -124,8 +124,8 @@ def fit(
     Every evaluation, the one before the first step included, adds a row to the history,
     {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
     validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
-    hands it to `report` and saves a checkpoint. Where `checkpoints` holds any, training goes on
-    from the newest whole one. Training that has produced a NaN stops there.
+    and hands it to `report`; each after a step also saves a checkpoint. Where `checkpoints` holds
+    any, training goes on from the newest whole one. Training that has produced a NaN stops there.
     """
     batch_size = min(schedule.batch_size, len(train.labels))
     train, validation = jax.device_put((train, validation))

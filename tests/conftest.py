@@ -16,9 +16,10 @@ GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 
 @pytest.fixture
 def x64():
-    """The test computes in float64."""
-    with jax.enable_x64():
-        yield
+    """The test computes in float64, in every thread: callbacks run in others."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 class Golden:

@@ -199,7 +199,7 @@ multiomics.load("rosmap", {str(rosmap)!r}, {str(cache)!r})
     def test_tfds_is_quiet_and_tensorflow_stays_out(self, rosmap, cache, capfd):
         multiomics.load("rosmap", rosmap, cache)
         out, err = capfd.readouterr()
-        assert out == "" and err.count("\n") == 1 and err.startswith("preparing multi_omics_rosmap")
+        assert err == "" and out.count("\n") == 1 and out.startswith("preparing multi_omics_rosmap")
         assert "tensorflow" not in sys.modules
 
 

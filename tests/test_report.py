@@ -307,7 +307,7 @@ def labels(figure):
 
 def test_learning_curve_has_solver_panels_only_with_a_solver():
     plain = [{**row, "solver": None} for row in HISTORY]
-    assert labels(learning_curve(plain)) == ["training loss", "validation score"]
+    assert labels(learning_curve(plain)) == ["loss", "validation score"]
     assert labels(learning_curve(HISTORY))[2:] == ["samples converged", "solver steps"]
     assert len(labels(learning_curve(HISTORY[:1]))) == 4
 

@@ -225,6 +225,7 @@ class TestResume:
             ({"fusion": "deq"}, "was run with fusion = sum, not deq"),
             ({"features": 16}, "features = 8, not 16"),
             ({"tol": 1e-4}, "tol = 0.001, not 0.0001"),
+            ({"epochs": 1}, "run with 2, which may only grow"),
         ],
     )
     def test_another_option_is_refused_by_name(self, run, changes, message):
