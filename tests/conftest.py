@@ -11,6 +11,10 @@ import pytest
 from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
 
+# Most of the time here goes into compiling what runs once, and half of that into XLA's
+# optimisations. The notebooks, README's code and the commands run with them, as a user's programs.
+jax.config.update("jax_disable_most_optimizations", True)
+
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 
 

@@ -102,14 +102,6 @@ def wide(tree):
 EVERY = np.ones((4, 3))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The arrays are tiny here; nearly all the time would go into optimising what runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- what all of them have in common ----------------------------------------------------------
 
 

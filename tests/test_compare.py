@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,14 +17,6 @@ from experiments.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 FUSIONS, SEEDS = ("sum", "text"), (0, 1)
 NAMES = [f"{fusion}-seed{seed}" for fusion in FUSIONS for seed in SEEDS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Comparison:

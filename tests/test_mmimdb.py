@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import h5py
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,14 +22,6 @@ from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 ROOT = Path(__file__).resolve().parents[1]
 FUSIONS = ("deq", "weight_tied", "concat", "sum", "gmu", "lmf", "attention", "text", "image")
 TINY = ("--features", "16", "--hidden", "16", "16", "--epochs", "1", "--cache-dir")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def write_raw(folder):

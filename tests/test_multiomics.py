@@ -23,14 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ROSMAP = ROOT.parent / "shared" / "data" / "rosmap"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def write_rosmap(folder, train=40, test=20):
     """Files in ROSMAP's form; the first columns of every table tell the class."""
     rng = np.random.default_rng(0)

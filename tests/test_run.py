@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import flax.linen as nn
-import jax
 import numpy as np
 import optax
 import pytest
@@ -27,14 +26,6 @@ from experiments.run import Job, execute
 from experiments.train import Prediction, Schedule, Task
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Model(nn.Module):

@@ -239,7 +239,7 @@ def test_anderson_against_a_textbook_loop(x64):
 def test_anderson_is_exact_once_the_history_spans_the_space(n, x64):
     """On a linear map of dimension n, n + 1 residuals determine the solution."""
     f, *_ = linear_map(n=n, radius=0.95)
-    solver = Anderson(tol=1e-9, max_steps=50, history=n + 1, ridge=0.0)
+    solver = Anderson(tol=1e-9, max_steps=50, history=n + 1, ridge=1e-12)
     _, stats = solve(f, jnp.zeros((3, n)), solver=solver)
     assert stats.converged.all()
     assert stats.steps.max() <= n + 2

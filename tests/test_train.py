@@ -36,14 +36,6 @@ from experiments.train import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compilation is most of the time here: twice as fast without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Net(nn.Module):
     """Maxout encoders with dropout and batch normalisation → DEQ with dropout → linear."""
 
