@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from deq_fusion_jax.gradients import GradientRule, Implicit
 from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
-from deq_fusion_jax.state import PyTree, check_state, describe, same_kind
+from deq_fusion_jax.state import PyTree, check_state, describe, kind
 from deq_fusion_jax.stats import SolveStats
 
 
@@ -62,7 +62,7 @@ def deq_fixed_point(
     # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
     # where custom_vjp can see it.
     closed, out = jax.make_jaxpr(f, return_shape=True)(z0, *args)
-    if not same_kind(z0, out):
+    if kind(out) != kind(z0):
         raise ValueError(
             f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
             "The first axis of every array is the batch."

@@ -293,14 +293,12 @@ def presence(inputs: Modalities, mask: Mask) -> Modalities:
         if mask.shape != (batch, len(inputs)):
             raise ValueError(f"mask has shape {mask.shape}; expected {(batch, len(inputs))}.")
         mask = dict(zip(sorted(inputs), mask.T, strict=True))
-    if set(mask) != set(inputs) or any(jnp.shape(m) != (batch,) for m in mask.values()):
+    mask = {name: jnp.asarray(present) for name, present in mask.items()}
+    if set(mask) != set(inputs) or any(m.shape != (batch,) for m in mask.values()):
         raise ValueError(
             f"mask has {describe(mask)}; expected an array [{batch}] for each of {sorted(inputs)}."
         )
-    return {
-        name: jnp.where(jnp.asarray(mask[name]) > 0, 1.0, 0.0).reshape(batch, *ones)
-        for name in inputs
-    }
+    return {name: jnp.where(mask[name] > 0, 1.0, 0.0).reshape(batch, *ones) for name in inputs}
 
 
 class CellFusion(nn.Module):

@@ -18,10 +18,9 @@ def describe(tree: PyTree) -> str:
     return text
 
 
-def same_kind(a: PyTree, b: PyTree) -> bool:
-    """Whether a and b are alike in structure, shapes and dtypes."""
-    kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (a, b)]
-    return jax.tree.structure(a) == jax.tree.structure(b) and kinds[0] == kinds[1]
+def kind(tree: PyTree) -> tuple[Any, list[Any]]:
+    """Structure, shapes and dtypes of the tree, to compare."""
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def check_state(z: PyTree) -> None:

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests of the library."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -24,6 +25,35 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Runs a command's main() in this process: (exit status, stdout, stderr)."""
+
+    def run(main, *args):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refuses(main, tmp_path, monkeypatch):
+    """`main` of the test's own file ends with status 2 and one line that says what is wrong."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(message, *args):
+        status, _, err = main(*args)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert message in err
+
+    return check
 
 
 class Golden:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,27 +54,8 @@ def result(folder, name):
 
 
 @pytest.fixture
-def main(monkeypatch, capsys):
-    def run(args):
-        monkeypatch.setattr(sys, "argv", ["compare", *args])
-        try:
-            compare.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refuses(main):
-    def run(message, args):
-        status, _, err = main(args)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-        assert re.search(message, err), err
-
-    return run
+def main(run_command):
+    return partial(run_command, compare.main)
 
 
 class TestTable:
@@ -117,7 +99,7 @@ class TestTable:
 class TestReuse:
     def test_finished_runs_are_taken_as_they_are(self, done, copied, main):
         before = {p: p.stat().st_mtime_ns for p in copied.glob("*/**/*") if p.is_file()}
-        status, out, _ = main(done.args(folder=copied))
+        status, out, _ = main(*done.args(folder=copied))
         assert status == 0 and "fusions compared" in out and "mmimdb: sum, seed 0" not in out
         assert {p: p.stat().st_mtime_ns for p in copied.glob("*/**/*") if p.is_file()} == before
         assert json.loads((copied / "compare.json").read_text())["rows"] == done.rows
@@ -127,7 +109,7 @@ class TestReuse:
         shutil.rmtree(copied / "text-seed1")
         (copied / "sum-seed0" / "results.json").unlink()
         kept = (copied / "text-seed0" / "results.json").stat().st_mtime_ns
-        assert main(done.args(folder=copied))[0] == 0
+        assert main(*done.args(folder=copied))[0] == 0
         for name in NAMES:
             again, before = result(copied, name), result(done.folder, name)
             assert {**again, "seconds": 0} == {**before, "seconds": 0}
@@ -136,21 +118,21 @@ class TestReuse:
         assert result(copied, "sum-seed0")["seconds"] == result(done.folder, "sum-seed0")["seconds"]
 
     def test_runs_with_another_option_are_refused(self, done, copied, refuses):
-        refuses("dropout", done.args("--dropout", "0.1", folder=copied))
+        refuses("dropout", *done.args("--dropout", "0.1", folder=copied))
 
     def test_runs_on_other_data_are_refused(self, done, copied, refuses):
         """Else one table would hold two data sets."""
-        refuses("data", done.args(data=done.other_data, folder=copied))
+        refuses("data", *done.args(data=done.other_data, folder=copied))
 
     def test_runs_of_fewer_epochs_are_not_taken_for_finished(self, done, copied, main):
         args = done.args("--epochs", "2", folder=copied, fusions=["sum"], seeds=1)
-        assert main(args)[0] == 0
+        assert main(*args)[0] == 0
         lines = (copied / "sum-seed0" / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["epoch"] == 2
 
     def test_damaged_results_are_refused(self, done, copied, refuses):
         (copied / "sum-seed0" / "results.json").write_text('{"experiment": "mm')
-        refuses("results.json", done.args(folder=copied))
+        refuses("results.json", *done.args(folder=copied))
 
 
 class TestBadUsage:
@@ -169,24 +151,24 @@ class TestBadUsage:
 
     def test_usage(self, done, refuses, tmp_path):
         fresh = tmp_path / "runs"
-        refuses("fusions", ["mmimdb"])
-        refuses("--seeds 0: at least 1", done.args(seeds=0, folder=fresh))
-        refuses("seeds", done.args(seeds="many", folder=fresh))
-        refuses("--nope", done.args("--nope", folder=fresh))
-        refuses("does not exist", done.args(data=tmp_path / "nowhere", folder=fresh))
-        refuses("nonsense", done.args(fusions=["nonsense"], folder=fresh))
+        refuses("fusions", "mmimdb")
+        refuses("--seeds 0: at least 1", *done.args(seeds=0, folder=fresh))
+        refuses("seeds", *done.args(seeds="many", folder=fresh))
+        refuses("--nope", *done.args("--nope", folder=fresh))
+        refuses("does not exist", *done.args(data=tmp_path / "nowhere", folder=fresh))
+        refuses("nonsense", *done.args(fusions=["nonsense"], folder=fresh))
         assert not fresh.exists()
 
     def test_fusions_are_looked_at_before_anything_is_trained(self, done, refuses, tmp_path):
-        refuses("nonsense", done.args(fusions=["sum", "nonsense"], seeds=1, folder=tmp_path / "r"))
+        refuses("nonsense", *done.args(fusions=["sum", "nonsense"], seeds=1, folder=tmp_path / "r"))
         assert not list(tmp_path.glob("r/*/results.json"))
 
     def test_a_fusion_named_twice(self, done, refuses, copied):
-        refuses("sum", done.args(fusions=["sum", "sum"], folder=copied))
+        refuses("sum", *done.args(fusions=["sum", "sum"], folder=copied))
 
     def test_run_directory_that_is_a_file(self, done, refuses, tmp_path):
         (tmp_path / "file").write_text("mine")
-        refuses("file", done.args(folder=tmp_path / "file"))
+        refuses("file", *done.args(folder=tmp_path / "file"))
 
     @pytest.mark.parametrize("option", ["--seed", "--fusion", "--resume"])
     def test_options_that_the_comparison_sets_itself_are_not_ignored(self, done, option):
@@ -198,5 +180,5 @@ class TestBadUsage:
         assert options is None
 
     def test_help(self, main):
-        status, out, err = main(["--help"])
+        status, out, err = main("--help")
         assert not status and err == "" and "--fusions" in out and "--seeds" in out

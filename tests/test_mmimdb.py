@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -59,35 +60,8 @@ def raw(home):
 
 
 @pytest.fixture
-def main(home, monkeypatch, capsys):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*args):
-        args = [*TINY, home / "cache", *args]
-        monkeypatch.setattr(sys, "argv", ["mmimdb", *map(str, args)])
-        try:
-            mmimdb.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refuses(main, tmp_path, monkeypatch):
-    """Exit status 2, one line that says what; a notice of data being prepared may come before."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(message, *args):
-        status, _, err = main(*args)
-        *notices, line = err.splitlines()
-        assert status == 2 and line.startswith("error: "), err
-        assert all(notice.startswith("preparing ") for notice in notices), err
-        assert message in line
-
-    return run
+def main(run_command, home):
+    return partial(run_command, mmimdb.main, *TINY, home / "cache")
 
 
 def results(run_dir):

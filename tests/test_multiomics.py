@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -48,35 +49,8 @@ def made_up(home):
 
 
 @pytest.fixture
-def main(home, monkeypatch, capsys):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*args):
-        args = ["--features", 16, "--cache-dir", home / "cache", *args]
-        monkeypatch.setattr(sys, "argv", ["multiomics", *map(str, args)])
-        try:
-            multiomics.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refuses(main, tmp_path, monkeypatch):
-    """Exit status 2, one line that says what; a notice of data being prepared may come before."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(message, *args):
-        status, _, err = main(*args)
-        *notices, line = err.splitlines()
-        assert status == 2 and line.startswith("error: "), err
-        assert all(notice.startswith("preparing ") for notice in notices), err
-        assert message in line
-
-    return run
+def main(run_command, home):
+    return partial(run_command, multiomics.main, "--features", 16, "--cache-dir", home / "cache")
 
 
 def read(run_dir):
