@@ -68,10 +68,11 @@ def deq_fixed_point(
             "The first axis of every array is the batch."
         )
     jaxpr, treedef = closed.jaxpr, jax.tree.structure(z0)
+    jaxpr = jaxpr.replace(constvars=(), invars=(*jaxpr.constvars, *jaxpr.invars))
 
     def lifted(z: PyTree, args: tuple[PyTree, ...], consts: list[jax.Array]) -> PyTree:
         leaves = jax.tree.leaves((z, *args))
-        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, consts, *leaves))
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, (), *consts, *leaves))
 
     return _fixed_point(lifted, as_solver(solver), gradient, z0, args, closed.consts)
 
