@@ -17,16 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from deq_fusion_jax.fusion import (
-    CellFusion,
-    DEQFusion,
-    FusionOutput,
-    FusionState,
-    Mask,
-    Modalities,
-    dense,
-    presence,
-)
+from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput, FusionState
+from deq_fusion_jax.injection import Mask, Modalities, presence
+from deq_fusion_jax.layers import dense
 from deq_fusion_jax.solvers import Map, relative_residual
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats

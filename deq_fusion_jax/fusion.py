@@ -10,7 +10,7 @@ x_f = Σ_i w_i x_i + b. `ModalityBlock` is f_i, `FusionBlock` is f_fuse, `Fusion
 map of the whole state, and `DEQFusion` solves for its fixed point.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -22,12 +22,10 @@ import jax.numpy as jnp
 from deq_fusion_jax.diagnostics import jacobian_penalty
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import GradientRule, Implicit
+from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
+from deq_fusion_jax.layers import dense, group_norm
 from deq_fusion_jax.solvers import Anderson, Map, Solver
-from deq_fusion_jax.state import describe
 from deq_fusion_jax.stats import SolveStats
-
-Modalities = dict[str, jax.Array]
-Mask = jax.Array | Modalities | None
 
 
 class FusionState(NamedTuple):
@@ -35,22 +33,6 @@ class FusionState(NamedTuple):
 
     modalities: Modalities
     fused: jax.Array
-
-
-class Injection(NamedTuple):
-    """What the cell is given at every step of a solve; constant during the solve.
-
-    Attributes:
-      modalities: x_i [B, …, d] per modality.
-      fused: x_f [B, …, d].
-      present: [B, 1, …] per modality, 1 where the sample has it and 0 where it is missing.
-      dropout: [B, …, d] per modality and for "fused": 0 or 1/keep; None without dropout.
-    """
-
-    modalities: Modalities
-    fused: jax.Array
-    present: Modalities
-    dropout: Modalities | None = None
 
 
 class FusionOutput(NamedTuple):
@@ -69,23 +51,6 @@ class FusionOutput(NamedTuple):
     gates: Modalities | None = None
     stats: SolveStats | None = None
     jacobian_penalty: jax.Array | None = None
-
-
-def dense(
-    features: int, scale: float = 1.0, dtype: Any = None, name: str | None = None
-) -> nn.Dense:
-    """Linear layer that starts with weights from `scale` × U(±1/√fan_in), biases U(±1/√d)."""
-
-    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -1, 1) / features**0.5
-
-    kernel_init = nn.initializers.variance_scaling(scale**2 / 3, "fan_in", "uniform")
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
-
-
-def group_norm(groups: int, dtype: Any = None, name: str | None = None) -> nn.GroupNorm:
-    """Affine group normalisation over channels and positions, as PyTorch's."""
-    return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class ModalityBlock(nn.Module):
@@ -190,115 +155,6 @@ class FusionCell(nn.Module):
             name: injection.present[name] * self.fusion.gate(z_i + z.fused)
             for name, z_i in z.modalities.items()
         }
-
-
-class Inject(nn.Module):
-    """From the features of each modality to what the cell is given: (inputs, mask) → Injection.
-
-    A modality of another width than d is projected by a linear layer; small inputs are lifted
-    (`lift_scale`); x_f = Σ_i w_i x_i + b with learned scalars, w_i = 1 and b = 0 at the start.
-    """
-
-    features: int
-    lift: float = 2.0
-    dropout: float = 0.0
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, inputs: Modalities, mask: Mask = None, train: bool = False) -> Injection:
-        present = presence(inputs, mask)
-        fused = self.param("bias", nn.initializers.zeros, (), jnp.float32)
-        modalities = {}
-        for name in sorted(inputs):
-            self._check_width(name, inputs[name].shape[-1])
-            x = jnp.where(present[name] > 0, inputs[name], 0)  # a missing one may well be NaN
-            if x.shape[-1] != self.features:
-                x = dense(self.features, 1, self.dtype, f"project_{name}")(x)
-            x = lift_scale(x, self.lift).astype(self.dtype or x.dtype)
-            weight = self.param(f"weight_{name}", nn.initializers.ones, (), jnp.float32)
-            fused = fused + weight * present[name] * x
-            modalities[name] = x
-        # Without a dtype of its own a layer computes in float32 or wider, as its parameters are.
-        dtype = self.dtype or jnp.result_type(jnp.float32, *modalities.values())
-        cast = partial(jax.tree.map, lambda x: x.astype(dtype))
-        return cast(Injection(modalities, fused, present, self._dropout_masks(modalities, train)))
-
-    def _check_width(self, name: str, width: int) -> None:
-        """Raises ValueError where the parameters were made for other inputs than these."""
-        if self.is_initializing():
-            return
-        params = self.variables["params"]
-        if f"weight_{name}" not in params:
-            known = [key.removeprefix("weight_") for key in params if key.startswith("weight_")]
-            raise ValueError(f"modality {name!r} is unknown; the parameters are for {known}.")
-        projection = params.get(f"project_{name}")
-        expected = projection["kernel"].shape[0] if projection else self.features
-        if width != expected:
-            raise ValueError(
-                f"modality {name!r} has {width} features; its parameters are for {expected}."
-            )
-
-    def _dropout_masks(self, modalities: Modalities, train: bool) -> Modalities | None:
-        if self.dropout == 0 or not train:
-            return None
-        keep, shape = 1 - self.dropout, next(iter(modalities.values())).shape
-        return {
-            name: jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
-            for name in (*modalities, "fused")
-        }
-
-
-def lift_scale(x: jax.Array, floor: float) -> jax.Array:
-    """x · √(1 + c²/r²): the root mean square r of each sample becomes √(r² + c²), c = `floor`.
-
-    r is taken over all axes but the first. Large inputs pass unchanged and small ones are raised
-    to c, so that the injected x_i outweighs the recurrent part of f_i at every input scale; a
-    larger r still comes out larger. 0 gives x itself, as in the paper.
-    """
-    if floor == 0:
-        return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean_square = jnp.mean(wide * wide, axis=range(1, x.ndim), keepdims=True)
-    return (wide * jnp.sqrt(1 + floor**2 / (mean_square + 1e-12))).astype(x.dtype)
-
-
-def presence(inputs: Modalities, mask: Mask) -> Modalities:
-    """[B, 1, …] float per modality, 1 where present, from a mask [B, M] or {name: [B]} or None.
-
-    Raises:
-      ValueError: inputs is no dict of floating-point arrays [B, …, features] alike but for the
-        last axis, or the mask does not fit.
-    """
-    if not isinstance(inputs, Mapping) or not inputs:
-        raise ValueError(
-            f"inputs is a {type(inputs).__name__}; expected a dict {{modality: array}}."
-        )
-    first, *others = inputs
-    for name, x in inputs.items():
-        if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"modality {name!r} is {describe(x)}; expected floating point [B, …, features]."
-            )
-    for name in others:
-        if inputs[name].shape[:-1] != inputs[first].shape[:-1]:
-            raise ValueError(
-                f"modality {name!r} has shape {inputs[name].shape}, but {first!r} has "
-                f"{inputs[first].shape}; all axes except the last must agree."
-            )
-    batch, ones = inputs[first].shape[0], (1,) * (inputs[first].ndim - 1)
-    if mask is None:
-        return {name: jnp.ones((batch, *ones)) for name in inputs}
-    if not isinstance(mask, Mapping):
-        mask = jnp.asarray(mask)
-        if mask.shape != (batch, len(inputs)):
-            raise ValueError(f"mask has shape {mask.shape}; expected {(batch, len(inputs))}.")
-        mask = dict(zip(sorted(inputs), mask.T, strict=True))
-    mask = {name: jnp.asarray(present) for name, present in mask.items()}
-    if set(mask) != set(inputs) or any(m.shape != (batch,) for m in mask.values()):
-        raise ValueError(
-            f"mask has {describe(mask)}; expected an array [{batch}] for each of {sorted(inputs)}."
-        )
-    return {name: jnp.where(mask[name] > 0, 1.0, 0.0).reshape(batch, *ones) for name in inputs}
 
 
 class CellFusion(nn.Module):

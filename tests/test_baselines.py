@@ -20,7 +20,7 @@ from deq_fusion_jax.baselines import (
     WeightTied,
     make_fusion,
 )
-from deq_fusion_jax.fusion import Inject
+from deq_fusion_jax.injection import Inject
 
 WIDTHS = {"audio": 5, "image": 16, "text": 6}  # the image has the width of the fusion
 FEATURES = 16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax import FusionCell, FusionState, jacobian_penalty, spectral_radius
-from deq_fusion_jax.fusion import Inject
+from deq_fusion_jax.injection import Inject
 
 KEY = jax.random.key(0)
 

@@ -9,7 +9,7 @@ import pytest
 from flax.errors import InvalidRngError
 
 from deq_fusion_jax import DEQFusion, FusionCell, FusionState, Picard
-from deq_fusion_jax.fusion import Inject, Injection, lift_scale, presence
+from deq_fusion_jax.injection import Inject, Injection, lift_scale, presence
 
 D = 64
 LAYER = DEQFusion(D, solver=Picard(tol=1e-6, max_steps=100))  # compiles fastest

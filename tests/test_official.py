@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionCell, Implicit, Picard
-from deq_fusion_jax.fusion import Inject
+from deq_fusion_jax.injection import Inject
 from deq_fusion_jax.official import params_from_official
 
 
