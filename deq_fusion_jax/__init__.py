@@ -1,10 +1,10 @@
+from deq_fusion_jax.cell import FusionCell as FusionCell
+from deq_fusion_jax.cell import FusionState as FusionState
 from deq_fusion_jax.diagnostics import jacobian_penalty as jacobian_penalty
 from deq_fusion_jax.diagnostics import spectral_radius as spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point as deq_fixed_point
 from deq_fusion_jax.fusion import DEQFusion as DEQFusion
-from deq_fusion_jax.fusion import FusionCell as FusionCell
 from deq_fusion_jax.fusion import FusionOutput as FusionOutput
-from deq_fusion_jax.fusion import FusionState as FusionState
 from deq_fusion_jax.gradients import Implicit as Implicit
 from deq_fusion_jax.gradients import Phantom as Phantom
 from deq_fusion_jax.gradients import Unrolled as Unrolled

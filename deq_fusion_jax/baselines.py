@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput, FusionState
-from deq_fusion_jax.injection import Mask, Modalities, presence
+from deq_fusion_jax.cell import FusionCell, FusionState, as_map
+from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
+from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.solvers import Map, relative_residual
+from deq_fusion_jax.solvers import relative_residual
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats
 
@@ -213,8 +214,11 @@ class WeightTied(CellFusion):
     tol: float = 1e-4
     remat: bool = False
 
-    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
+    def iterate(
+        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+    ) -> tuple[FusionState, SolveStats]:
         _at_least_one(self, "steps")
+        f, args = as_map(cell), (variables, injection)
         step = jax.checkpoint(f, prevent_cse=False) if self.remat else f
         z = jax.lax.scan(lambda z, _: (step(z, *args), None), z0, length=self.steps)[0]
         held = jax.lax.stop_gradient((z, *args))

@@ -1,16 +1,5 @@
-"""Deep equilibrium multimodal fusion as flax.linen modules (paper §3.1–3.2).
+"""Deep equilibrium multimodal fusion: the fixed point of a `FusionCell` as a flax.linen module."""
 
-The state is one equilibrium z_i per modality and one fused equilibrium z_f, all with d channels:
-
-    f_i:     z_i ← GN(ReLU(GN(W_2 ReLU(GN(W_1 z_i + b_1)) + b_2 + x_i) + z_i))
-    f_fuse:  z_f ← GN(ReLU(W_f Σ_i z_f ⊙ α_i + b_f + x_f)),   α_i = W_g (z_i + z_f) + b_g
-
-with GN group normalisation over the channels, x_i the injected features of modality i and
-x_f = Σ_i w_i x_i + b. `ModalityBlock` is f_i, `FusionBlock` is f_fuse, `FusionCell` is both as one
-map of the whole state, and `DEQFusion` solves for its fixed point.
-"""
-
-from collections.abc import Callable
 from dataclasses import KW_ONLY
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -19,20 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.diagnostics import jacobian_penalty
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
-from deq_fusion_jax.layers import dense, group_norm
-from deq_fusion_jax.solvers import Anderson, Map, Solver
-from deq_fusion_jax.stats import SolveStats
-
-
-class FusionState(NamedTuple):
-    """The unknowns: one equilibrium per modality and the fused one, each [B, …, d]."""
-
-    modalities: Modalities
-    fused: jax.Array
+from deq_fusion_jax.solvers import Anderson, Solver
+from deq_fusion_jax.stats import SolveStats, chained
 
 
 class FusionOutput(NamedTuple):
@@ -51,110 +33,6 @@ class FusionOutput(NamedTuple):
     gates: Modalities | None = None
     stats: SolveStats | None = None
     jacobian_penalty: jax.Array | None = None
-
-
-class ModalityBlock(nn.Module):
-    """f_i, one step of a modality's equilibrium: (z, x, dropout) → z, all [B, …, d]."""
-
-    features: int
-    groups: int = 4
-    residual_scale: float = 0.25
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, z: jax.Array, x: jax.Array, dropout: jax.Array | float = 1) -> jax.Array:
-        norm = partial(group_norm, self.groups, self.dtype)
-        h = nn.relu(norm(name="norm1")(dense(self.features, 1, self.dtype, "dense1")(z)))
-        h = dense(self.features, self.residual_scale, self.dtype, "dense2")(h)
-        h = norm(name="norm2")(h * dropout + x)
-        return norm(name="norm3")(nn.relu(h + z))
-
-
-class FusionBlock(nn.Module):
-    """f_fuse, one step of the fused equilibrium.
-
-    The gate is affine and shared, so Σ_i α_i = M (W_g (mean_i z_i + z_f) + b_g) over the M
-    modalities present: one product serves them all.
-
-    Attributes:
-      activation_last: ReLU(GN(·)) in place of GN(ReLU(·)), the paper's MM-IMDB variant.
-    """
-
-    features: int
-    groups: int = 4
-    gate_scale: float = 0.25
-    activation_last: bool = False
-    dtype: Any = None
-
-    def setup(self):
-        self.gate = dense(self.features, self.gate_scale, self.dtype)
-        self.fuse = dense(self.features, 1, self.dtype)
-        self.norm = group_norm(self.groups, self.dtype)
-
-    def __call__(
-        self,
-        fused: jax.Array,
-        mean: jax.Array,
-        count: jax.Array | float,
-        x: jax.Array,
-        dropout: jax.Array | float = 1,
-    ) -> jax.Array:
-        """z_f from z_f [B, …, d], mean_i z_i [B, …, d], M [B, 1, …] and x_f [B, …, d]."""
-        gates = count * self.gate(mean + fused)
-        h = self.fuse(fused * gates * dropout) + x
-        return nn.relu(self.norm(h)) if self.activation_last else self.norm(nn.relu(h))
-
-
-class FusionCell(nn.Module):
-    """The whole map f: (FusionState, Injection) → FusionState.
-
-    The fused part reads the new z_i and the old z_f. A missing modality keeps z_i = 0 and leaves
-    the sums, so masking it is the same as leaving it out.
-
-    Attributes:
-      modalities: names, one `ModalityBlock` each.
-      features: d, a multiple of `groups`.
-      groups: of the group normalisation.
-      gate_scale: factor on the gate's initial weights W_g; 1 in the paper's code.
-      residual_scale: factor on the initial weights W_2; 1 in the paper's code.
-      activation_last: see `FusionBlock`.
-      dtype: computation dtype of the layers.
-    """
-
-    modalities: tuple[str, ...]
-    features: int
-    groups: int = 4
-    gate_scale: float = 0.25
-    residual_scale: float = 0.25
-    activation_last: bool = False
-    dtype: Any = None
-
-    def setup(self):
-        self.blocks = {
-            name: ModalityBlock(self.features, self.groups, self.residual_scale, self.dtype)
-            for name in self.modalities
-        }
-        self.fusion = FusionBlock(
-            self.features, self.groups, self.gate_scale, self.activation_last, self.dtype
-        )
-
-    def __call__(self, z: FusionState, injection: Injection) -> FusionState:
-        present, dropout = injection.present, injection.dropout or {}
-        modalities = {
-            name: present[name] * self.blocks[name](z.modalities[name], x, dropout.get(name, 1))
-            for name, x in injection.modalities.items()
-        }
-        count = sum(present.values())
-        mean = sum(modalities.values()) / jnp.maximum(count, 1)
-        fused = self.fusion(z.fused, mean, count, injection.fused, dropout.get("fused", 1))
-        return FusionState(modalities, fused)
-
-    def gates(self, z: FusionState, injection: Injection) -> Modalities:
-        """α_i = W_g (z_i + z_f) + b_g per modality, 0 where it is missing."""
-        return {
-            name: injection.present[name] * self.fusion.gate(z_i + z.fused)
-            for name, z_i in z.modalities.items()
-        }
 
 
 class CellFusion(nn.Module):
@@ -217,16 +95,18 @@ class CellFusion(nn.Module):
             z0 = jax.tree.map(jnp.zeros_like, FusionState(injection.modalities, injection.fused))
         if self.is_initializing():
             cell(z0, injection)  # creates the parameters
-        f, variables = as_function(cell)
-        z, stats = self.iterate(f, z0, variables, injection)
+        unbound, variables = cell.unbind()
+        z, stats = self.iterate(unbound, z0, variables, injection)
         penalty = None
         if self.has_rng("jacobian"):
-            key, probes = self.make_rng("jacobian"), self.jacobian_probes
+            f, key, probes = as_map(unbound), self.make_rng("jacobian"), self.jacobian_probes
             penalty = jacobian_penalty(f, z, variables, injection, key=key, probes=probes)
         return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
 
-    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
-        """The state that f(z, *args) is iterated to from z0, and how it went."""
+    def iterate(
+        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+    ) -> tuple[FusionState, SolveStats]:
+        """The state that the cell is iterated to from z0, and how it went."""
         raise NotImplementedError
 
 
@@ -243,21 +123,45 @@ class DEQFusion(CellFusion):
     Attributes:
       solver: of the fixed point; see `deq_fixed_point`.
       gradient: `Implicit`, `Phantom` or `Unrolled`.
+      schedule: "joint" iterates the whole cell. "staged" solves the same equations at less cost:
+        no z_i reads z_f, so the modalities come first, M·B problems of one solve, then z_f with
+        them at rest; implicit differentiation goes the same way backwards. `stats` then count a
+        sample's steps along that chain, see `chained`. Where there are several fixed points, the
+        two may find different ones, as two solvers may.
       features and the others: see `CellFusion`, and there for the call and its errors.
+
+    Raises:
+      ValueError: also where schedule is neither.
     """
 
     solver: Solver = Anderson(tol=1e-4, max_steps=50)
     gradient: GradientRule = Implicit()
+    schedule: str = "joint"
 
-    def iterate(self, f: Map, z0: FusionState, *args: Any) -> tuple[FusionState, SolveStats]:
-        return deq_fixed_point(f, z0, *args, solver=self.solver, gradient=self.gradient)
+    def iterate(
+        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+    ) -> tuple[FusionState, SolveStats]:
+        solve = partial(deq_fixed_point, solver=self.solver, gradient=self.gradient)
+        if self.schedule == "joint":
+            return solve(as_map(cell), z0, variables, injection)
+        if self.schedule != "staged":
+            raise ValueError(f'schedule is {self.schedule!r}; expected "staged" or "joint".')
 
+        step_modalities = as_map(cell, FusionCell.step_modalities)
+        names = cell.modalities
 
-def as_function(cell: FusionCell) -> tuple[Callable[..., FusionState], Any]:
-    """A bound cell as the pure map f(z, variables, injection) and its variables."""
-    unbound, variables = cell.unbind()
+        def stack(modalities: Modalities) -> jax.Array:  # one batch [M·B, …, d]
+            return jnp.concatenate([modalities[name] for name in names])
 
-    def f(z: FusionState, variables: Any, injection: Injection) -> Any:
-        return unbound.apply(variables, z, injection)
+        def unstack(z: jax.Array) -> Modalities:
+            return dict(zip(names, jnp.split(z, len(names)), strict=True))
 
-    return f, variables
+        def f(z: jax.Array, variables: Any, injection: Injection) -> jax.Array:
+            return stack(step_modalities(unstack(z), variables, injection))
+
+        z, first = solve(f, stack(z0.modalities), variables, injection)
+        modalities = unstack(z)
+        held = cell.apply(variables, modalities, injection, method=FusionCell.held_gates)
+        step_fused = as_map(cell, FusionCell.step_fused)
+        fused, second = solve(step_fused, z0.fused, variables, held, injection)
+        return FusionState(modalities, fused), chained(first, second)

@@ -51,3 +51,32 @@ class SolveStats:
         elif failed:
             values = {"failed": failed, "total": total, "worst": f"{float(worst):.2e}"}
             raise ConvergenceError(message.format(**values))
+
+
+def chained(first: SolveStats, second: SolveStats) -> SolveStats:
+    """Statistics of a solve in two stages: M problems of every sample, then one that needs them.
+
+    `first` is of M·B problems, [M, B] in row-major order, `second` of B. A sample's `steps` are
+    those of its slowest first problem plus the second's, its `residual` is the largest, and it has
+    `converged` if all have. `trace` has the largest residual of the first stage, step by step,
+    followed by the second stage's.
+    """
+    batch = len(second.steps)
+    steps, residual, converged = (
+        x.reshape(-1, batch) for x in (first.steps, first.residual, first.converged)
+    )
+    before = jnp.max(steps, axis=0)
+    trace = None
+    if first.trace is not None and second.trace is not None:
+        worst = jnp.nanmax(first.trace.reshape(len(first.trace), -1, batch), axis=1)
+        row = jnp.arange(2 * len(worst))[:, None]
+        padded = jnp.concatenate([worst, jnp.full_like(worst, jnp.nan)])
+        moved = jnp.take_along_axis(second.trace, (row - before) % len(worst), axis=0)
+        within = (row >= before) & (row < before + len(worst))
+        trace = jnp.where(within, moved, padded)
+    return SolveStats(
+        before + second.steps,
+        jnp.maximum(jnp.max(residual, axis=0), second.residual),
+        jnp.all(converged, axis=0) & second.converged,
+        trace,
+    )

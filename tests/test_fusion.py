@@ -327,6 +327,54 @@ def test_warm_start_takes_one_step():
     np.testing.assert_array_equal(warm.fused, cold.fused)
 
 
+# --- the staged schedule -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("widths", "inner"), [((D, D), ()), ((D, 5, D), (2, 3))])
+def test_staged_is_joint(widths, inner, x64):
+    """The same fixed point and gradients, with dropout and missing modalities."""
+    x = features(widths=widths, inner=inner)
+    mask = jnp.array([[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0]])[:, : len(widths)]
+    c = jax.random.normal(jax.random.key(5), (4, *inner, D))
+    results = []
+    for schedule in ("joint", "staged"):
+        solver = Picard(tol=1e-13, max_steps=500)
+        layer = LAYER.clone(schedule=schedule, solver=solver, dropout=0.3)
+
+        def loss(variables, x, layer=layer):
+            rngs = {"dropout": jax.random.key(6), "jacobian": jax.random.key(7)}
+            out = layer.apply(variables, x, mask, train=True, rngs=rngs)
+            gates = sum(jnp.sum(c * gate) for gate in out.gates.values())
+            return jnp.sum(c * out.fused) + gates + out.jacobian_penalty, out
+
+        gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        wide = jax.tree.map(jnp.float64, variables(widths))
+        (to_variables, to_x), out = gradient(wide, x)
+        assert out.stats.converged.all()
+        equilibrium = out.fused, out.modalities, out.gates, out.jacobian_penalty
+        results.append((equilibrium, to_variables, to_x))
+    errors = jax.tree.map(lambda got, want: jnp.abs(got - want).max(), *results)
+    scales = jax.tree.map(lambda want: jnp.abs(want).max(), results[0])
+    worst = jax.tree.map(lambda error, scale: error <= 1e-10 * (scale + 1), errors, scales)
+    assert all(jax.tree.leaves(worst)), errors
+
+
+def test_a_staged_solve_can_start_from_its_solution():
+    x, staged = features(), LAYER.clone(schedule="staged")
+    cold = jax.jit(staged.apply)(variables(), x)
+    rested = {"b": cold.modalities["b"], "a": cold.modalities["a"]}  # in any order
+    warm = staged.apply(variables(), x, z0=FusionState(rested, cold.fused))  # jit sorts dicts
+    assert warm.stats.steps.tolist() == [2] * 4  # one in each stage
+    np.testing.assert_allclose(warm.fused, cold.fused, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_schedule_is_an_error():
+    with pytest.raises(ValueError, match=r"'parallel'; expected \"staged\" or \"joint\""):
+        LAYER.clone(schedule="parallel").apply(variables(), features())
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
 DROPOUT = LAYER.clone(dropout=0.3)
 
 
