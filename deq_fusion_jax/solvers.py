@@ -266,8 +266,8 @@ class Picard(_Configured):
 class _History(NamedTuple):
     """The last m evaluations in a ring; slot k mod m holds evaluation k."""
 
-    residuals: jax.Array  # [m, B, N] r_j = f(z_j) − z_j
-    images: jax.Array  # [m, B, N] z_j + β r_j
+    residuals: jax.Array  # [B, m, N] r_j = f(z_j) − z_j
+    images: jax.Array  # [B, m, N] z_j + β r_j
     gram: jax.Array  # [m, m, B] ⟨r_i, r_j⟩
 
 
@@ -303,21 +303,31 @@ class Anderson(_Configured):
 
     def remember(self, z: jax.Array) -> _History:
         m, (batch, n) = self.history, z.shape
-        ring = jnp.zeros((m, batch, n), z.dtype)
+        ring = jnp.zeros((batch, m, n), z.dtype)
         return _History(ring, ring, jnp.zeros((m, m, batch), z.dtype))
 
     def propose(self, memory, k, age, z, fz):
         m = self.history
         slot = k % m
         r = jnp.where(age[:, None] > 0, fz - z, 0)
-        residuals = memory.residuals.at[slot].set(r)
-        images = memory.images.at[slot].set(jnp.where(age[:, None] > 0, z + self.damping * r, 0))
-        row = jnp.sum(residuals * r, axis=2)
+        residuals = memory.residuals.at[:, slot].set(r)
+        images = memory.images.at[:, slot].set(jnp.where(age[:, None] > 0, z + self.damping * r, 0))
+        row = _products(residuals, r).T
         gram = memory.gram.at[slot].set(row).at[:, slot].set(row)
         evaluations_ago = (slot - jnp.arange(m)) % m
         valid = evaluations_ago[:, None] < age
         alpha = mixing_weights(gram, valid, self.ridge)
-        return _History(residuals, images, gram), jnp.sum(alpha[:, :, None] * images, axis=0)
+        return _History(residuals, images, gram), _combination(alpha.T, images)
+
+
+def _products(vectors: jax.Array, x: jax.Array) -> jax.Array:
+    """⟨v_j, x⟩ [B, m] per sample, from v [B, m, N] and x [B, N]."""
+    return jnp.einsum("bmn,bn->bm", vectors, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _combination(weights: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Σ_j w_j v_j [B, N] per sample, from w [B, m] and v [B, m, N]."""
+    return jnp.einsum("bm,bmn->bn", weights, vectors, precision=jax.lax.Precision.HIGHEST)
 
 
 def mixing_weights(gram: jax.Array, valid: jax.Array, ridge: float) -> jax.Array:
@@ -360,8 +370,8 @@ def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:
 class _Secants(NamedTuple):
     """B⁻¹ = −I + Σ_j u_j v_jᵀ, and the evaluation that the next secant pair starts from."""
 
-    u: jax.Array  # [m, B, N]
-    v: jax.Array  # [m, B, N]
+    u: jax.Array  # [B, m, N]
+    v: jax.Array  # [B, m, N]
     z: jax.Array  # [B, N]
     g: jax.Array  # [B, N] f(z) − z
 
@@ -388,7 +398,7 @@ class Broyden(_Configured):
             raise ValueError(f"Broyden(history={self.history}): at least 1 secant pair is needed.")
 
     def remember(self, z: jax.Array) -> _Secants:
-        ring = jnp.zeros((self.history, *z.shape), z.dtype)
+        ring = jnp.zeros((z.shape[0], self.history, z.shape[1]), z.dtype)
         return _Secants(ring, ring, z, jnp.zeros_like(z))
 
     def propose(self, memory, k, age, z, fz):
@@ -398,7 +408,7 @@ class Broyden(_Configured):
         # Pairs since the last restart; age − 1 of them fit the newest evaluation.
         pairs = jnp.maximum(age - 1, 0) % (m + 1)
         evaluations_ago = (slot - jnp.arange(m)) % m
-        old = ((evaluations_ago > 0)[:, None] & (evaluations_ago[:, None] < pairs))[:, :, None]
+        old = ((evaluations_ago > 0) & (evaluations_ago < pairs[:, None]))[:, :, None]
         u, v = jnp.where(old, memory.u, 0), jnp.where(old, memory.v, 0)
 
         dz, dg = z - memory.z, g - memory.g
@@ -407,14 +417,14 @@ class Broyden(_Configured):
         small = jnp.finfo(z.dtype).eps * (_norm(new_v) * _norm(dg))[:, None]
         usable = (pairs > 0)[:, None] & (jnp.abs(denominator) > small)
         new_u = (dz - _apply(u, v, dg)) / jnp.where(usable, denominator, 1)
-        u = u.at[slot].set(jnp.where(usable, new_u, 0))
-        v = v.at[slot].set(jnp.where(usable, new_v, 0))
+        u = u.at[:, slot].set(jnp.where(usable, new_u, 0))
+        v = v.at[:, slot].set(jnp.where(usable, new_v, 0))
         return _Secants(u, v, z, g), z - self.damping * _apply(u, v, g)
 
 
 def _apply(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
-    """(−I + Σ_j u_j v_jᵀ) x per sample; u, v [m, B, N], x [B, N]."""
-    return jnp.sum(u * jnp.sum(v * x, axis=2, keepdims=True), axis=0) - x
+    """(−I + Σ_j u_j v_jᵀ) x per sample; u, v [B, m, N], x [B, N]."""
+    return _combination(_products(v, x), u) - x
 
 
 # --- jaxopt's own solver objects -------------------------------------------------------------
