@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from deq_fusion_jax.mixing import combination, mixing_weights, products
 from deq_fusion_jax.state import PyTree, ravel, unraveler, working_dtype
 from deq_fusion_jax.stats import SolveStats
 
@@ -312,59 +313,12 @@ class Anderson(_Configured):
         r = jnp.where(age[:, None] > 0, fz - z, 0)
         residuals = memory.residuals.at[:, slot].set(r)
         images = memory.images.at[:, slot].set(jnp.where(age[:, None] > 0, z + self.damping * r, 0))
-        row = _products(residuals, r).T
+        row = products(residuals, r).T
         gram = memory.gram.at[slot].set(row).at[:, slot].set(row)
         evaluations_ago = (slot - jnp.arange(m)) % m
         valid = evaluations_ago[:, None] < age
         alpha = mixing_weights(gram, valid, self.ridge)
-        return _History(residuals, images, gram), _combination(alpha.T, images)
-
-
-def _products(vectors: jax.Array, x: jax.Array) -> jax.Array:
-    """⟨v_j, x⟩ [B, m] per sample, from v [B, m, N] and x [B, N]."""
-    return jnp.einsum("bmn,bn->bm", vectors, x, precision=jax.lax.Precision.HIGHEST)
-
-
-def _combination(weights: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Σ_j w_j v_j [B, N] per sample, from w [B, m] and v [B, m, N]."""
-    return jnp.einsum("bm,bmn->bn", weights, vectors, precision=jax.lax.Precision.HIGHEST)
-
-
-def mixing_weights(gram: jax.Array, valid: jax.Array, ridge: float) -> jax.Array:
-    """α [m, B] of Anderson acceleration from gram [m, m, B]; 0 where not valid [m, B]."""
-    m = gram.shape[0]
-    diagonal = jnp.diagonal(gram).T
-    norm = jnp.sqrt(jnp.where(valid, diagonal, 1))
-    inverse = jnp.where(valid, jnp.min(jnp.where(valid, norm, jnp.inf), axis=0) / norm, 0)
-    both = valid[:, None] & valid[None]
-    correlation = jnp.where(both, gram / (norm[:, None] * norm[None]), 0)
-    eye = jnp.eye(m, dtype=gram.dtype)[:, :, None]
-    y = solve_positive(correlation + eye * jnp.where(valid, ridge, 1), inverse)
-    alpha = inverse * y
-    return alpha / jnp.sum(alpha, axis=0)
-
-
-def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x [m, B] with a x = b for positive definite a [m, m, B], by an unrolled LDLᵀ.
-
-    m is small and fixed: unrolled, every operation runs over the batch at once, with no call
-    into a LAPACK or cuSOLVER routine.
-    """
-    m = a.shape[0]
-    lower: dict[tuple[int, int], jax.Array] = {}
-    pivot: list[jax.Array] = []
-    for j in range(m):
-        pivot.append(a[j, j] - sum(lower[j, k] ** 2 * pivot[k] for k in range(j)))
-        for i in range(j + 1, m):
-            inner = sum(lower[i, k] * lower[j, k] * pivot[k] for k in range(j))
-            lower[i, j] = (a[i, j] - inner) / pivot[j]
-    x = [b[i] for i in range(m)]
-    for i in range(m):
-        x[i] = x[i] - sum(lower[i, k] * x[k] for k in range(i))
-    x = [x[i] / pivot[i] for i in range(m)]
-    for i in reversed(range(m)):
-        x[i] = x[i] - sum(lower[k, i] * x[k] for k in range(i + 1, m))
-    return jnp.stack(x)
+        return _History(residuals, images, gram), combination(alpha.T, images)
 
 
 class _Secants(NamedTuple):
@@ -424,7 +378,7 @@ class Broyden(_Configured):
 
 def _apply(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
     """(−I + Σ_j u_j v_jᵀ) x per sample; u, v [B, m, N], x [B, N]."""
-    return _combination(_products(v, x), u) - x
+    return combination(products(v, x), u) - x
 
 
 # --- jaxopt's own solver objects -------------------------------------------------------------

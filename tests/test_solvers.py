@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax import Anderson, Broyden, Picard, deq_fixed_point
-from deq_fusion_jax.solvers import as_solver, mixing_weights, solve_positive
+from deq_fusion_jax.mixing import mixing_weights, solve_positive
+from deq_fusion_jax.solvers import as_solver
 
 SOLVERS = [Picard, Anderson, Broyden]
 

@@ -111,11 +111,11 @@ def _find(where: Path, variant: Variant | None) -> Path:
     if variant is None and len(found) == 2:
         raise InputError(f"{where} holds both forms of MM-IMDB: say which, features or raw")
     if not found or (variant is not None and variant not in found):
-        problem = "holds no" if where.exists() else "does not exist; expected a folder with"
         what = f"MM-IMDB of the variant {variant}" if variant else "MM-IMDB"
+        problem = f"holds no {what}" if where.exists() else "does not exist"
         raise InputError(
-            f"{where} {problem} {what}: {FILE_NAME} "
-            "(features) or split.json and dataset/ (raw), from archive.org/details/mmimdb"
+            f"{where} {problem}; expected {FILE_NAME} (features) or split.json and dataset/ (raw), "
+            "from archive.org/details/mmimdb"
         )
     return found[variant] if variant else next(iter(found.values()))
 
