@@ -1,6 +1,7 @@
 """Fixtures shared by the tests of the library."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from deq_fusion_jax.official import params_from_official
 # optimisations. The notebooks, README's code and the commands run with them, as a user's programs.
 jax.config.update("jax_disable_most_optimizations", True)
 
-GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT.parent / "shared" / "goldens"
 
 
 @pytest.fixture
@@ -52,6 +54,26 @@ def refuses(main, tmp_path, monkeypatch):
         status, _, err = main(*args)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
         assert message in err
+
+    return check
+
+
+@pytest.fixture
+def refused_alone():
+    """`python -m …` in a process of its own ends with status 2 and one line, which is returned."""
+
+    def check(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        return done.stderr
 
     return check
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -187,18 +185,9 @@ def test_model_and_loss_are_those_of_mm_dynamics():
 
 
 class TestBadInput:
-    def test_without_data_says_how_to_get_it_on_one_line(self, tmp_path):
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.multiomics", "--cache-dir", str(tmp_path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=300,
-        )
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert "ask for the download" in done.stderr
+    def test_without_data_says_how_to_get_it_on_one_line(self, refused_alone, tmp_path):
+        line = refused_alone("experiments.multiomics", "--cache-dir", tmp_path)
+        assert "ask for the download" in line
 
     def test_missing_files(self, refuses, made_up, tmp_path):
         folder = shutil.copytree(made_up, tmp_path / "data")
