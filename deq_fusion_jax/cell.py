@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.injection import Injection, Modalities
-from deq_fusion_jax.layers import dense, group_norm
+from deq_fusion_jax.layers import GroupNorm, dense
 from deq_fusion_jax.solvers import Map
 
 
@@ -40,7 +40,7 @@ class ModalityBlock(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, x: jax.Array, dropout: jax.Array | float = 1) -> jax.Array:
-        norm = partial(group_norm, self.groups, self.dtype)
+        norm = partial(GroupNorm, self.groups, self.dtype)
         h = nn.relu(norm(name="norm1")(dense(self.features, 1, self.dtype, "dense1")(z)))
         h = dense(self.features, self.residual_scale, self.dtype, "dense2")(h)
         h = norm(name="norm2")(h * dropout + x)
@@ -63,7 +63,7 @@ class FusionBlock(nn.Module):
     def setup(self):
         self.gate = dense(self.features, self.gate_scale, self.dtype)
         self.fuse = dense(self.features, 1, self.dtype)
-        self.norm = group_norm(self.groups, self.dtype)
+        self.norm = GroupNorm(self.groups, self.dtype)
 
     def __call__(
         self, fused: jax.Array, gates: jax.Array, x: jax.Array, dropout: jax.Array | float = 1

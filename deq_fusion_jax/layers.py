@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 
 def dense(
@@ -18,6 +19,28 @@ def dense(
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
-def group_norm(groups: int, dtype: Any = None, name: str | None = None) -> nn.GroupNorm:
-    """Affine group normalisation over channels and positions, as PyTorch's."""
-    return nn.GroupNorm(groups, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+class GroupNorm(nn.Module):
+    """γ (x − μ) / √(σ² + 1e-5) + β, with μ and σ² over a group of channels and all positions.
+
+    x [B, …, d]; γ and β [d] are the parameters "scale" and "bias". Statistics are in float32 or
+    wider. As `flax.linen.GroupNorm` without its fast variance, in a form whose gradient XLA
+    compiles to code that is two to three times as fast on a CPU.
+    """
+
+    groups: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"{channels} channels do not make {self.groups} groups of equal size.")
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        grouped = wide.reshape(*x.shape[:-1], self.groups, -1)
+        over = (*range(1, x.ndim - 1), x.ndim)
+        centred = grouped - jnp.mean(grouped, over, keepdims=True)
+        variance = jnp.mean(centred * centred, over, keepdims=True)
+        normal = (centred * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
+        return (normal * scale + bias).astype(self.dtype or wide.dtype)

@@ -122,15 +122,11 @@ class _PerSample(IterativeSolver):
         stuck = ~finite & (state.age <= 1)
         unfinished = active & ~stuck & ~(residual <= self.tol)
         age = jnp.where(finite, state.age + 1, 0)
-        memory, proposal = self.config.propose(state.memory, state.iter_num, age, z, fz)
-
-        # A plain step where mixing is singular, or where it leads nowhere.
         milestone, since = _progress(state, residual)
-        plain = z + self.config.damping * (fz - z)
-        usable = jnp.all(jnp.isfinite(proposal), axis=1) & ~_stalled(since)
-        proposal = jnp.where(usable[:, None], proposal, plain)
-        proposal = jnp.where(finite[:, None], proposal, best)
-        z_next = jnp.where(unfinished[:, None], self.round(proposal), z)
+        memory, proposal = self.config.propose(
+            state.memory, state.iter_num, age, z, fz, plain=_stalled(since)
+        )
+        z_next = jnp.where((unfinished & finite)[:, None], self.round(proposal), best)
 
         return OptStep(
             z_next,
@@ -171,12 +167,22 @@ def _stalled(since: jax.Array) -> jax.Array:
 
 def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
     """‖f(z) − z‖ / ‖f(z)‖ per row of [B, N] matrices; 0 where f(z) = z = 0."""
-    tiny = jnp.finfo(z.dtype).tiny
-    # Squares of small or large states would leave the range of float32, so the rows are scaled.
-    size = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, keepdims=True) + tiny
-    residual = _norm((fz - z) / size) / (_norm(fz / size) + tiny)
-    # Past this size 1 / size is denormal, and the quotients would be flushed to 0.
-    return jnp.where(size[:, 0] < 0.01 * jnp.finfo(z.dtype).max, residual, jnp.inf)
+    limits = jnp.finfo(z.dtype)
+
+    def scaled() -> jax.Array:
+        size = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, keepdims=True) + limits.tiny
+        residual = _norm((fz - z) / size) / (_norm(fz / size) + limits.tiny)
+        # Past this size 1 / size is denormal, and the quotients would be flushed to 0.
+        return jnp.where(size[:, 0] < 0.01 * limits.max, residual, jnp.inf)
+
+    # Squares of small or large states leave the range of float32; such rows are scaled first.
+    step, size = _norm(fz - z), _norm(fz)
+    low, high = limits.tiny**0.25, limits.max**0.25
+    in_range = (size > low) & (size < high) & (step < high)
+    residual = step / size
+    return jax.lax.cond(
+        jnp.all(in_range), lambda: residual, lambda: jnp.where(in_range, residual, scaled())
+    )
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -235,7 +241,7 @@ class _Configured:
         """The empty memory for a state like z [B, N]."""
         raise NotImplementedError
 
-    def propose(self, memory, k, age, z, fz) -> tuple[Any, jax.Array]:
+    def propose(self, memory, k, age, z, fz, plain) -> tuple[Any, jax.Array]:
         """The memory with evaluation k added, and the next iterate [B, N].
 
         Args:
@@ -243,6 +249,7 @@ class _Configured:
           age: [B] int, how many of the last evaluations are valid, this one included; 0 where
             f(z) is not finite, and then the proposal is not used.
           z, fz: [B, N], the newest evaluation.
+          plain: [B] bool, where a plain step is due; it is also what a singular mixing gives way to.
         """
         raise NotImplementedError
 
@@ -260,7 +267,7 @@ class Picard(_Configured):
     def remember(self, z: jax.Array) -> tuple[()]:
         return ()
 
-    def propose(self, memory, k, age, z, fz):
+    def propose(self, memory, k, age, z, fz, plain):
         return memory, z + self.damping * (fz - z)
 
 
@@ -307,17 +314,20 @@ class Anderson(_Configured):
         ring = jnp.zeros((batch, m, n), z.dtype)
         return _History(ring, ring, jnp.zeros((m, m, batch), z.dtype))
 
-    def propose(self, memory, k, age, z, fz):
+    def propose(self, memory, k, age, z, fz, plain):
         m = self.history
         slot = k % m
-        r = jnp.where(age[:, None] > 0, fz - z, 0)
-        residuals = memory.residuals.at[:, slot].set(r)
-        images = memory.images.at[:, slot].set(jnp.where(age[:, None] > 0, z + self.damping * r, 0))
+        r, usable = fz - z, (age > 0)[:, None]
+        residuals = memory.residuals.at[:, slot].set(jnp.where(usable, r, 0))
+        images = memory.images.at[:, slot].set(jnp.where(usable, z + self.damping * r, 0))
         row = products(residuals, r).T
         gram = memory.gram.at[slot].set(row).at[:, slot].set(row)
         evaluations_ago = (slot - jnp.arange(m)) % m
         valid = evaluations_ago[:, None] < age
         alpha = mixing_weights(gram, valid, self.ridge)
+        # The newest image alone is the plain step.
+        mixed = jnp.all(jnp.isfinite(alpha), axis=0) & ~plain
+        alpha = jnp.where(mixed, alpha, evaluations_ago[:, None] == 0)
         return _History(residuals, images, gram), combination(alpha.T, images)
 
 
@@ -355,7 +365,7 @@ class Broyden(_Configured):
         ring = jnp.zeros((z.shape[0], self.history, z.shape[1]), z.dtype)
         return _Secants(ring, ring, z, jnp.zeros_like(z))
 
-    def propose(self, memory, k, age, z, fz):
+    def propose(self, memory, k, age, z, fz, plain):
         m = self.history
         slot = k % m
         g = jnp.where(age[:, None] > 0, fz - z, 0)
@@ -373,7 +383,9 @@ class Broyden(_Configured):
         new_u = (dz - _apply(u, v, dg)) / jnp.where(usable, denominator, 1)
         u = u.at[:, slot].set(jnp.where(usable, new_u, 0))
         v = v.at[:, slot].set(jnp.where(usable, new_v, 0))
-        return _Secants(u, v, z, g), z - self.damping * _apply(u, v, g)
+        step = -_apply(u, v, g)
+        mixed = jnp.all(jnp.isfinite(step), axis=1) & ~plain
+        return _Secants(u, v, z, g), z + self.damping * jnp.where(mixed[:, None], step, g)
 
 
 def _apply(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
