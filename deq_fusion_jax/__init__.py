@@ -5,6 +5,7 @@ from deq_fusion_jax.diagnostics import spectral_radius as spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point as deq_fixed_point
 from deq_fusion_jax.fusion import DEQFusion as DEQFusion
 from deq_fusion_jax.fusion import FusionOutput as FusionOutput
+from deq_fusion_jax.gradients import Adjoint as Adjoint
 from deq_fusion_jax.gradients import Implicit as Implicit
 from deq_fusion_jax.gradients import Phantom as Phantom
 from deq_fusion_jax.gradients import Unrolled as Unrolled

@@ -19,6 +19,7 @@ from flax.linen.dtypes import promote_dtype
 
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
+from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
 from deq_fusion_jax.solvers import relative_residual
@@ -215,8 +216,15 @@ class WeightTied(CellFusion):
     remat: bool = False
 
     def iterate(
-        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+        self,
+        cell: FusionCell,
+        z0: FusionState,
+        variables: Any,
+        injection: Injection,
+        adjoint0: Adjoint | None,
     ) -> tuple[FusionState, SolveStats]:
+        if adjoint0 is not None:
+            raise ValueError("WeightTied solves no adjoint equation; adjoint0 is for DEQFusion.")
         _at_least_one(self, "steps")
         f, args = as_map(cell), (variables, injection)
         step = jax.checkpoint(f, prevent_cse=False) if self.remat else f

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.gradients import GradientRule, Implicit
+from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
 from deq_fusion_jax.state import PyTree, check_state, describe, kind
 from deq_fusion_jax.stats import SolveStats
@@ -17,6 +17,7 @@ def deq_fixed_point(
     *args: PyTree,
     solver: Solver = Anderson(tol=1e-4, max_steps=50),
     gradient: GradientRule = Implicit(),
+    adjoint0: Adjoint | None = None,
 ) -> tuple[PyTree, SolveStats]:
     """Solves z* = f(z*, *args) for every sample of a batch, and differentiates z* implicitly.
 
@@ -45,6 +46,8 @@ def deq_fixed_point(
         times. Forward mode raises JAX's own TypeError for a custom_vjp function.
       solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects.
       gradient: `Implicit`, `Phantom` or `Unrolled`.
+      adjoint0: where the backward solve of `Implicit` starts; its gradient is, by definition, how
+        that solve ended. See `Adjoint`.
 
     Returns:
       z_star: like z0.
@@ -52,13 +55,15 @@ def deq_fixed_point(
 
     Raises:
       ValueError: z0 is not a batch of floating-point arrays, f(z0) differs from z0 in structure,
-        shape or dtype, or solver.tol is below the dtype's resolution.
+        shape or dtype, so does adjoint0.u, or solver.tol is below the dtype's resolution.
       TypeError: solver is no solver, or gradient no gradient rule.
     """
     if isinstance(gradient, type) or not hasattr(gradient, "pullback"):
         raise TypeError(f"gradient is {gradient!r}; expected Implicit(), Phantom() or Unrolled().")
     z0 = jax.tree.map(jnp.asarray, z0)
     check_state(z0)
+    if adjoint0 is not None and kind(adjoint0.u) != kind(z0):
+        raise ValueError(f"adjoint0.u is {describe(adjoint0.u)}, but z0 is {describe(z0)}.")
     # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
     # where custom_vjp can see it.
     closed, out = jax.make_jaxpr(f, return_shape=True)(z0, *args)
@@ -74,25 +79,25 @@ def deq_fixed_point(
         leaves = jax.tree.leaves((z, *args))
         return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, (), *consts, *leaves))
 
-    return _fixed_point(lifted, as_solver(solver), gradient, z0, args, closed.consts)
+    return _fixed_point(lifted, as_solver(solver), gradient, z0, adjoint0, args, closed.consts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fixed_point(f, solver, gradient, z0, *args):
+def _fixed_point(f, solver, gradient, z0, adjoint0, *args):
     return solver.solve(f, z0, *args)
 
 
-def _forward(f, solver, gradient, z0, *args):
+def _forward(f, solver, gradient, z0, adjoint0, *args):
     # Through the rule above and not its body, so that this pass can be differentiated again.
-    z_star, stats = _fixed_point(f, solver, gradient, z0, *args)
-    return (z_star, stats), (z0, z_star, args)
+    z_star, stats = _fixed_point(f, solver, gradient, z0, adjoint0, *args)
+    return (z_star, stats), (z0, adjoint0, z_star, args)
 
 
 def _backward(f, solver, gradient, saved, cotangents):
-    z0, z_star, args = saved
+    z0, adjoint0, z_star, args = saved
     g, _ = cotangents
-    args_bar = gradient.pullback(f, z0, z_star, args, g, deq_fixed_point, solver)
-    return jax.tree.map(jnp.zeros_like, z0), *args_bar
+    bars = gradient.pullback(f, z0, z_star, args, g, deq_fixed_point, solver, adjoint0)
+    return jax.tree.map(jnp.zeros_like, z0), *bars
 
 
 _fixed_point.defvjp(_forward, _backward)

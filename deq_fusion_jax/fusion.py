@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.diagnostics import jacobian_penalty
 from deq_fusion_jax.fixed_point import deq_fixed_point
-from deq_fusion_jax.gradients import GradientRule, Implicit
+from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
 from deq_fusion_jax.solvers import Anderson, Solver
 from deq_fusion_jax.stats import SolveStats, chained
@@ -38,11 +38,12 @@ class FusionOutput(NamedTuple):
 class CellFusion(nn.Module):
     """Fusion by iterating a `FusionCell`; a subclass says how, in `iterate`.
 
-    (inputs, mask, train, z0) → `FusionOutput`. `inputs` are [B, d_i], [B, T, d_i] or
+    (inputs, mask, train, z0, adjoint0) → `FusionOutput`. `inputs` are [B, d_i], [B, T, d_i] or
     [B, H, W, d_i] by modality, alike but for d_i. `mask` tells which modalities a sample has: bool
     or 0/1, {name: [B]} or [B, M] with columns in alphabetical order of the names. With
     `train=True`, dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState`
-    to start from, zeros by default. An rng "jacobian" asks for the Jacobian penalty at the result.
+    to start from, zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where
+    `DEQFusion`'s backward solve starts. An rng "jacobian" asks for the Jacobian penalty at the result.
 
     Attributes:
       features: d, the width of every equilibrium.
@@ -78,6 +79,7 @@ class CellFusion(nn.Module):
         mask: Mask = None,
         train: bool = False,
         z0: FusionState | None = None,
+        adjoint0: Adjoint | None = None,
     ) -> FusionOutput:
         inject = Inject(self.features, self.lift, self.dropout, self.dtype, name="inject")
         injection = inject(inputs, mask, train)
@@ -96,7 +98,7 @@ class CellFusion(nn.Module):
         if self.is_initializing():
             cell(z0, injection)  # creates the parameters
         unbound, variables = cell.unbind()
-        z, stats = self.iterate(unbound, z0, variables, injection)
+        z, stats = self.iterate(unbound, z0, variables, injection, adjoint0)
         penalty = None
         if self.has_rng("jacobian"):
             f, key, probes = as_map(unbound), self.make_rng("jacobian"), self.jacobian_probes
@@ -104,7 +106,12 @@ class CellFusion(nn.Module):
         return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
 
     def iterate(
-        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+        self,
+        cell: FusionCell,
+        z0: FusionState,
+        variables: Any,
+        injection: Injection,
+        adjoint0: Adjoint | None,
     ) -> tuple[FusionState, SolveStats]:
         """The state that the cell is iterated to from z0, and how it went."""
         raise NotImplementedError
@@ -139,11 +146,16 @@ class DEQFusion(CellFusion):
     schedule: str = "joint"
 
     def iterate(
-        self, cell: FusionCell, z0: FusionState, variables: Any, injection: Injection
+        self,
+        cell: FusionCell,
+        z0: FusionState,
+        variables: Any,
+        injection: Injection,
+        adjoint0: Adjoint | None,
     ) -> tuple[FusionState, SolveStats]:
         solve = partial(deq_fixed_point, solver=self.solver, gradient=self.gradient)
         if self.schedule == "joint":
-            return solve(as_map(cell), z0, variables, injection)
+            return solve(as_map(cell), z0, variables, injection, adjoint0=adjoint0)
         if self.schedule != "staged":
             raise ValueError(f'schedule is {self.schedule!r}; expected "staged" or "joint".')
 
@@ -159,9 +171,14 @@ class DEQFusion(CellFusion):
         def f(z: jax.Array, variables: Any, injection: Injection) -> jax.Array:
             return stack(step_modalities(unstack(z), variables, injection))
 
-        z, first = solve(f, stack(z0.modalities), variables, injection)
+        first0 = second0 = None
+        if adjoint0 is not None:
+            seen = (adjoint0.steps, adjoint0.residual, adjoint0.failed)
+            first0 = Adjoint(stack(adjoint0.u.modalities), *(jnp.tile(x, len(names)) for x in seen))
+            second0 = Adjoint(adjoint0.u.fused, *seen)
+        z, first = solve(f, stack(z0.modalities), variables, injection, adjoint0=first0)
         modalities = unstack(z)
         held = cell.apply(variables, modalities, injection, method=FusionCell.held_gates)
         step_fused = as_map(cell, FusionCell.step_fused)
-        fused, second = solve(step_fused, z0.fused, variables, held, injection)
+        fused, second = solve(step_fused, z0.fused, variables, held, injection, adjoint0=second0)
         return FusionState(modalities, fused), chained(first, second)

@@ -2,17 +2,19 @@
 
 The value of `deq_fixed_point` is z* whichever rule is chosen; the rule only turns the cotangent
 g = ∂ℓ/∂z* into the cotangents of `args`. Every rule is itself differentiable in reverse mode.
+`Adjoint` is how the backward solve of `Implicit` is seen, and warm-started, from outside.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.solvers import Map, Solver
-from deq_fusion_jax.state import PyTree, ravel
+from deq_fusion_jax.solvers import Anderson, Map, Solver
+from deq_fusion_jax.state import PyTree, ravel, working_dtype
 
 
 class GradientRule(Protocol):
@@ -27,9 +29,51 @@ class GradientRule(Protocol):
         g: PyTree,
         fixed_point: Callable[..., Any],
         solver: Solver,
+        adjoint0: "Adjoint | None",
     ) -> tuple[PyTree, ...]:
-        """The cotangents of args. `fixed_point` is `deq_fixed_point`; `solver` the forward one."""
+        """The cotangents of adjoint0 and of every one of args.
+
+        `fixed_point` is `deq_fixed_point`, `solver` the forward one.
+        """
         ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adjoint:
+    """The backward solve of `Implicit`: where it starts as a value, how it ended as a gradient.
+
+    JAX keeps what happens in a backward pass to itself, except for gradients. So `deq_fixed_point`
+    takes an `Adjoint` to start from and hands out the final one as the gradient with respect to it:
+
+        adjoint = Adjoint.zeros(z0)
+        grads, adjoint = jax.grad(loss, argnums=(0, 1))(params, adjoint)
+
+    As gradients do, the statistics of several solves with one `Adjoint` add up.
+
+    Attributes:
+      u: like z0, the solution for a cotangent g scaled to a largest entry of 1 in every sample.
+        As a start, zeros mean that there is no guess.
+      steps: [B] float32, products with Jᵀ that the sample used.
+      residual: [B] relative residual ‖Jᵀu + g − u‖ / ‖Jᵀu + g‖ at the returned u.
+      failed: [B] float32, 0 where the solve converged and 1 where it did not.
+    """
+
+    u: PyTree
+    steps: jax.Array
+    residual: jax.Array
+    failed: jax.Array
+
+    @classmethod
+    def zeros(cls, z0: PyTree) -> Self:
+        """No guess, for a state like z0 [B, …]."""
+        batch = jax.tree.leaves(z0)[0].shape[0]
+        return cls(
+            jax.tree.map(jnp.zeros_like, z0),
+            steps=jnp.zeros(batch, jnp.float32),
+            residual=jnp.zeros(batch, working_dtype(z0)),
+            failed=jnp.zeros(batch, jnp.float32),
+        )
 
 
 @dataclass(frozen=True)
@@ -40,25 +84,50 @@ class Implicit:
     does not depend on the number of solver steps. The adjoint solve is a `deq_fixed_point` itself.
 
     Attributes:
-      solver: solver of the adjoint equation; None takes the forward solver.
+      solver: solver of the adjoint equation; None takes the forward solver, Anderson's with a
+        ridge of 1e-4 at most: the equation is linear, so mixing needs little restraint.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019, theorem 1; paper §3.3.
     """
 
     solver: Any = None
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver):
+    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
         _, vjp = jax.vjp(f, z_star, *args)
         # The equation is linear: solved for cotangents of unit size, small ones do not underflow.
-        size = jax.lax.stop_gradient(jnp.max(jnp.abs(ravel(g)), axis=1))
-        size = jnp.where(size > 0, size, 1)
-        unit = _per_sample(jnp.divide, g, size)
+        size = jax.lax.stop_gradient(_largest(g))
+        unit = _per_sample(jnp.divide, g, jnp.where(size > 0, size, 1))
 
         def adjoint_map(u: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, vjp(u)[0], unit)
 
-        u, _ = fixed_point(adjoint_map, unit, solver=self.solver or solver, gradient=self)
-        return vjp(_per_sample(jnp.multiply, u, size))[1:]
+        start = unit if adjoint0 is None else _guess(adjoint0.u, unit)
+        solver = self.solver or _for_linear(solver)
+        u, stats = fixed_point(adjoint_map, start, solver=solver, gradient=self)
+        adjoint = None
+        if adjoint0 is not None:
+            steps, failed = (x.astype(jnp.float32) for x in (stats.steps, ~stats.converged))
+            adjoint = Adjoint(u, steps, stats.residual, failed)
+        return adjoint, *vjp(_per_sample(jnp.multiply, u, size))[1:]
+
+
+def _largest(z: PyTree) -> jax.Array:
+    """The largest absolute entry [B] of every sample."""
+    return jnp.max(jnp.abs(ravel(z)), axis=1)
+
+
+def _guess(u0: PyTree, unit: PyTree) -> PyTree:
+    """u0, or where it is zero `unit`, one step from zero; without a cotangent zero is the answer."""
+    guessed = (_largest(u0) > 0) & (_largest(unit) > 0)
+    return jax.tree.map(
+        lambda a, b: jnp.where(guessed.reshape(-1, *(1 for _ in a.shape[1:])), a, b), u0, unit
+    )
+
+
+def _for_linear(solver: Solver) -> Solver:
+    if isinstance(solver, Anderson):
+        return dataclasses.replace(solver, ridge=min(solver.ridge, 1e-4))
+    return solver
 
 
 def _per_sample(operation: Callable[..., jax.Array], z: PyTree, s: jax.Array) -> PyTree:
@@ -92,8 +161,9 @@ class Phantom:
         if not 0 < self.damping <= 1:
             raise ValueError(f"Phantom(damping={self.damping}): expected a value in (0, 1].")
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver):
-        return _unrolled_pullback(f, z_star, args, g, self.steps, self.damping)
+    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
+        _no_adjoint(self, adjoint0)
+        return None, *_unrolled_pullback(f, z_star, args, g, self.steps, self.damping)
 
 
 @dataclass(frozen=True)
@@ -112,8 +182,14 @@ class Unrolled:
     def __post_init__(self):
         _check_steps(self)
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver):
-        return _unrolled_pullback(f, z0, args, g, self.steps, 1.0)
+    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
+        _no_adjoint(self, adjoint0)
+        return None, *_unrolled_pullback(f, z0, args, g, self.steps, 1.0)
+
+
+def _no_adjoint(rule: Phantom | Unrolled, adjoint0: Adjoint | None) -> None:
+    if adjoint0 is not None:
+        raise ValueError(f"{rule} solves no adjoint equation; adjoint0 is for Implicit().")
 
 
 def _check_steps(rule: Phantom | Unrolled) -> None:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from flax.errors import InvalidRngError
 
-from deq_fusion_jax import DEQFusion, FusionCell, FusionState, Picard
+from deq_fusion_jax import Adjoint, DEQFusion, FusionCell, FusionState, Picard
 from deq_fusion_jax.injection import Inject, Injection, lift_scale, presence
 
 D = 64
@@ -325,6 +326,32 @@ def test_warm_start_takes_one_step():
     warm = apply(variables(), x, z0=z0)
     assert warm.stats.steps.tolist() == [1] * 4
     np.testing.assert_array_equal(warm.fused, cold.fused)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "staged"])
+def test_the_adjoint_is_watched_and_warm_started(schedule):
+    x, layer = features(), LAYER.clone(schedule=schedule)
+
+    def loss(variables, adjoint0):
+        out = layer.apply(variables, x, adjoint0=adjoint0)
+        return jnp.sum(jnp.sin(out.fused)), FusionState(out.modalities, out.fused)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    (cold, adjoint), state = gradient(variables(), Adjoint.zeros(zeros_like_state(x)))
+    assert adjoint.failed.tolist() == [0] * 4 and (adjoint.steps > 5).all()
+    assert jax.tree.map(jnp.shape, adjoint.u) == jax.tree.map(jnp.shape, state)
+    (warm, again), _ = gradient(variables(), adjoint)
+    solves = 1 if schedule == "joint" else 1 + len(x)  # they add up
+    assert again.steps.tolist() == [solves] * 4
+    plain = jax.jit(jax.grad(lambda v: loss(v, None)[0]))(variables())
+    for got in (warm, plain):
+        got, want = (ravel_pytree(tree)[0] for tree in (got, cold))
+        assert relative(got, want) < 1e-5
+
+
+def zeros_like_state(x):
+    zeros = {name: jnp.zeros((4, D)) for name in x}
+    return FusionState(zeros, jnp.zeros((4, D)))
 
 
 # --- the staged schedule -------------------------------------------------------------------------

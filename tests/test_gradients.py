@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_fusion_jax import Anderson, Implicit, Phantom, Picard, Unrolled, deq_fixed_point
+from deq_fusion_jax import (
+    Adjoint,
+    Anderson,
+    Implicit,
+    Phantom,
+    Picard,
+    Unrolled,
+    deq_fixed_point,
+)
 
 N = 4
 RNG = np.random.default_rng(0)
@@ -141,3 +149,118 @@ def test_wrong_options():
     for damping in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"Phantom\(damping="):
             Phantom(damping=damping)
+
+
+# --- the adjoint, seen from outside ------------------------------------------------------------
+
+
+def watched(adjoint, b=B, c=C, solver=SOLVER, rule=None):
+    """(∂A, the adjoint solve) for the cotangent c."""
+
+    def loss(A, adjoint):
+        start, rule_ = jnp.asarray(Z0), rule or Implicit()
+        z, _ = deq_fixed_point(linear, start, A, b, solver=solver, gradient=rule_, adjoint0=adjoint)
+        return jnp.sum(c * z)
+
+    return jax.jit(jax.grad(loss, (0, 1)))(A, adjoint)
+
+
+def test_the_gradient_of_an_adjoint_is_the_adjoint_solution(x64):
+    to_A, adjoint = watched(Adjoint.zeros(jnp.asarray(Z0)))
+    np.testing.assert_array_equal(to_A, gradients(Implicit())[0])
+    unit = C / np.abs(C).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(adjoint.u, unit @ np.linalg.inv(np.eye(N) - A), rtol=1e-11)
+    # The same solve, done in the open.
+    stats = deq_fixed_point(lambda u: u @ A + unit, jnp.asarray(unit), solver=SOLVER)[1]
+    np.testing.assert_array_equal(adjoint.steps, stats.steps)
+    np.testing.assert_allclose(adjoint.residual, stats.residual, rtol=1e-2)
+    assert adjoint.failed.tolist() == [0, 0]
+
+
+def test_a_warm_adjoint_takes_one_product_and_changes_nothing(x64):
+    cold, adjoint = watched(Adjoint.zeros(jnp.asarray(Z0)))
+    warm, again = watched(adjoint)
+    assert again.steps.tolist() == [1, 1] and (adjoint.steps > 20).all()
+    np.testing.assert_allclose(warm, cold, rtol=1e-11)
+    # A far guess costs steps and nothing else.
+    far = dataclasses.replace(adjoint, u=-3 * adjoint.u)
+    np.testing.assert_allclose(watched(far)[0], cold, rtol=1e-10)
+
+
+def test_a_backward_solve_that_fails_is_seen(x64):
+    short = Implicit(Picard(tol=1e-13, max_steps=3))
+    _, adjoint = watched(Adjoint.zeros(jnp.asarray(Z0)), rule=short)
+    assert adjoint.failed.tolist() == [1, 1] and adjoint.steps.tolist() == [3, 3]
+    assert (adjoint.residual > 1e-3).all()
+
+
+def test_no_cotangent_means_no_adjoint_whatever_the_guess(x64):
+    """0 = Jᵀ0 + 0 has no relative residual away from 0, so a guess would never come to rest."""
+    _, guess = watched(Adjoint.zeros(jnp.asarray(Z0)))
+    c = C * np.array([[0], [1]])
+    to_A, adjoint = watched(guess, c=c)
+    assert adjoint.failed.tolist() == [0, 0] and not adjoint.u[0].any()
+    inverse = np.linalg.inv(np.eye(N) - A)
+    np.testing.assert_allclose(to_A, (c @ inverse).T @ (B @ inverse.T), rtol=1e-10)
+
+
+def test_the_statistics_of_two_solves_add_up(x64):
+    def loss(b, adjoint):
+        z, _ = deq_fixed_point(linear, Z0, A, b, solver=SOLVER, adjoint0=adjoint)
+        z, _ = deq_fixed_point(linear, Z0, A, z, solver=SOLVER, adjoint0=adjoint)
+        return jnp.sum(C * z)
+
+    first = watched(Adjoint.zeros(jnp.asarray(Z0)))[1]
+    twice = jax.grad(loss, 1)(B, Adjoint.zeros(jnp.asarray(Z0)))
+    assert (twice.steps > 1.5 * first.steps).all() and twice.failed.tolist() == [0, 0]
+
+
+def test_a_gradient_that_used_an_adjoint_has_a_gradient(x64):
+    def slope(b, adjoint):
+        def loss(b):
+            z, _ = deq_fixed_point(curved, Z0, b, solver=SOLVER, adjoint0=adjoint)
+            return jnp.sum(C * z)
+
+        return jnp.sum(jnp.sin(jax.grad(loss)(b)))
+
+    def curved(z, b):
+        return jnp.tanh(z @ A.T + b)
+
+    b, none = jnp.asarray(B), Adjoint.zeros(jnp.asarray(Z0))
+    got = jax.grad(slope)(b, none)
+    step = 1e-5 * jnp.asarray(C)
+    change = (slope(b + step, none) - slope(b - step, none)) / 2e-5
+    np.testing.assert_allclose(jnp.sum(got * C), change, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [Phantom(), Unrolled()])
+def test_rules_without_an_adjoint_refuse_one(rule, x64):
+    with pytest.raises(ValueError, match=r"solves no adjoint equation; adjoint0 is for Implicit"):
+        watched(Adjoint.zeros(jnp.asarray(Z0)), rule=rule)
+
+
+def test_an_adjoint_of_another_state_is_refused(x64):
+    other = Adjoint.zeros(jnp.zeros((2, N + 1)))
+    with pytest.raises(ValueError, match=r"adjoint0.u is float64\[2, 5\], but z0 is .*\[2, 4\]"):
+        watched(other)
+
+
+def test_backward_ridge_is_the_linear_one():
+    """Mixing a linear equation wants little ridge; a solver of one's own stays as it is."""
+    matrix = jnp.asarray(A, jnp.float32)
+
+    def steps(rule, ridge=1e-2):
+        solver = Anderson(tol=1e-5, max_steps=100, ridge=ridge)
+
+        def loss(b, adjoint):
+            z, _ = deq_fixed_point(
+                linear, jnp.zeros((2, N)), matrix, b, solver=solver, gradient=rule, adjoint0=adjoint
+            )
+            return jnp.sum(jnp.float32(C) * z)
+
+        return jax.grad(loss, 1)(jnp.float32(B), Adjoint.zeros(jnp.zeros((2, N)))).steps
+
+    small = Anderson(tol=1e-5, max_steps=100, ridge=1e-4)
+    np.testing.assert_array_equal(steps(Implicit()), steps(Implicit(small)))
+    large = Anderson(tol=1e-5, max_steps=100, ridge=0.3)
+    assert (steps(Implicit(large)) > steps(Implicit())).all()
