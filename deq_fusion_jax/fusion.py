@@ -42,8 +42,9 @@ class CellFusion(nn.Module):
     [B, H, W, d_i] by modality, alike but for d_i. `mask` tells which modalities a sample has: bool
     or 0/1, {name: [B]} or [B, M] with columns in alphabetical order of the names. With
     `train=True`, dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState`
-    to start from, zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where
-    `DEQFusion`'s backward solve starts. An rng "jacobian" asks for the Jacobian penalty at the result.
+    to start from, zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where the
+    backward solve of `DEQFusion` starts. An rng "jacobian" asks for the Jacobian penalty at the
+    result.
 
     Attributes:
       features: d, the width of every equilibrium.

@@ -117,7 +117,7 @@ def _largest(z: PyTree) -> jax.Array:
 
 
 def _guess(u0: PyTree, unit: PyTree) -> PyTree:
-    """u0, or where it is zero `unit`, one step from zero; without a cotangent zero is the answer."""
+    """u0, or `unit`, one step from zero, where there is no u0; 0 where there is no cotangent."""
     guessed = (_largest(u0) > 0) & (_largest(unit) > 0)
     return jax.tree.map(
         lambda a, b: jnp.where(guessed.reshape(-1, *(1 for _ in a.shape[1:])), a, b), u0, unit

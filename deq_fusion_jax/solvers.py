@@ -249,7 +249,7 @@ class _Configured:
           age: [B] int, how many of the last evaluations are valid, this one included; 0 where
             f(z) is not finite, and then the proposal is not used.
           z, fz: [B, N], the newest evaluation.
-          plain: [B] bool, where a plain step is due; it is also what a singular mixing gives way to.
+          plain: [B] bool, where a plain step is due; a singular mixing gives way to one as well.
         """
         raise NotImplementedError
 

@@ -106,9 +106,11 @@ class MMIMDBModel(nn.Module):
     classes: int = 23
 
     @nn.compact
-    def __call__(self, inputs: dict[str, jax.Array], train: bool = False) -> Prediction:
+    def __call__(
+        self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
+    ) -> Prediction:
         encoded = {name: self.encoders[name](x, train) for name, x in inputs.items()}
-        out = self.fusion(encoded, train=train)
+        out = self.fusion(encoded, train=train, **start)
         return Prediction(nn.Dense(self.classes, name="head")(out.fused), out)
 
 

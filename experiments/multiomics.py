@@ -12,7 +12,7 @@ features. ROSMAP's shipped split has 245 + 106 patients: one patient is about 0.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -93,7 +93,9 @@ class OmicsModel(nn.Module):
     dropout: float = 0.5
 
     @nn.compact
-    def __call__(self, inputs: dict[str, jax.Array], train: bool = False) -> Prediction:
+    def __call__(
+        self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
+    ) -> Prediction:
         encoded, extras = {}, {}
         # A confidence is a probability of the true class: it starts where chance is, not at 0,
         # where its sign would be left to the random weights.
@@ -106,7 +108,7 @@ class OmicsModel(nn.Module):
             logits = nn.Dense(self.classes, name=f"classify_{name}")(h)
             encoded[name] = h * confidence
             extras[name] = (gate, confidence[:, 0], logits)
-        out = self.fusion(encoded, train=train)
+        out = self.fusion(encoded, train=train, **start)
         return Prediction(nn.Dense(self.classes, name="head")(out.fused), out, extras)
 
 

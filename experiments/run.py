@@ -37,6 +37,7 @@ from experiments.report import (
     write_text,
 )
 from experiments.train import Evaluation, Fitted, Schedule, Task, evaluate, fit
+from experiments.warm import free_bytes, needed_bytes
 
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
 
@@ -62,6 +63,8 @@ class Job(NamedTuple):
 def execute(job: Job, config: CommonConfig) -> Results:
     """Trains, evaluates the best epoch once on the test split, and writes the run directory."""
     run_dir = open_run(job.experiment, config)
+    if config.warm_start:
+        job = job._replace(task=with_warm_starts(job.task, job.dataset.train.inputs, free_bytes()))
     validation = job.dataset.validation
     assert validation is not None
     started = time.monotonic()
@@ -117,6 +120,16 @@ def execute(job: Job, config: CommonConfig) -> Results:
     return results
 
 
+def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None) -> Task:
+    """The task with warm starts, if half the free bytes of the device hold them; says which."""
+    needed = needed_bytes(task.model, inputs)
+    fits = free is None or needed <= free / 2
+    cost = f"{needed / 2**20:.1f} MiB for {len(next(iter(inputs.values())))} rows"
+    room = "" if free is None else f", {free / 2**20:.0f} MiB are free"
+    print(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
+    return dataclasses.replace(task, warm_start=fits)
+
+
 class _progress:  # noqa: N801 - used like a function
     """A bar over the epochs: rate, loss, validation score, share converged and mean steps."""
 
@@ -149,6 +162,9 @@ class _progress:  # noqa: N801 - used like a function
         if row["solver"]:
             parts.append(f"converged {row['solver']['converged']:.1%}")
             parts.append(f"{row['solver']['mean_steps']:.1f} steps")
+        backward = row["train"].get("backward_converged", 1)
+        if backward < 1:
+            parts.append(f"backward {backward:.1%}")
         self.bar.update(self.task, completed=row["epoch"], description=", ".join(parts))
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deq_fusion_jax import FusionOutput, SolveStats
+from deq_fusion_jax import Adjoint, FusionOutput, FusionState, SolveStats
 from experiments.checkpoint import Checkpoints
 from experiments.datasets import Split
+from experiments.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -47,12 +48,13 @@ class Variables(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes."""
+    """Everything that training changes; `warm` is where the rows' next solves start, if kept."""
 
     variables: Variables
     optimiser: PyTree
     step: jax.Array
     key: jax.Array
+    warm: Warm | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +62,14 @@ class Task:
     """What to learn.
 
     Attributes:
-      model: (inputs, train=…) → `Prediction`.
+      model: (inputs, train=…, z0=…, adjoint0=…) → `Prediction`; the last two go to its fusion,
+        and are only given where that is a `DEQFusion`.
       loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
       metrics: (labels, probabilities) → {name: value}.
       probabilities: logits → probabilities.
       monitor: the validation metric that selects the epoch.
       jacobian_weight: γ; γ × the Jacobian penalty is added to the loss.
+      warm_start: start the solves of a row from its last ones; see `experiments.warm`.
     """
 
     model: nn.Module
@@ -74,6 +78,7 @@ class Task:
     probabilities: Callable[[np.ndarray], np.ndarray]
     monitor: str
     jacobian_weight: float = 0.0
+    warm_start: bool = False
 
 
 class Schedule(NamedTuple):
@@ -202,44 +207,63 @@ def init_state(
     init_key, key = jax.random.split(jax.random.key(seed))
     sample = jax.tree.map(lambda x: x[:2], inputs)
     variables = jax.jit(task.model.init)(init_key, sample)
+    warm = None
+    if task.warm_start and solves_adjoint(task.model):
+        warm = cold_start(task.model, variables, inputs)
     params = variables["params"]
     variables = Variables(params, variables.get("batch_stats", {}))
-    return TrainState(variables, optimiser.init(params), jnp.zeros((), jnp.int32), key)
+    return TrainState(variables, optimiser.init(params), jnp.zeros((), jnp.int32), key, warm)
 
 
 def train_step(
     task: Task,
     optimiser: optax.GradientTransformation,
     state: TrainState,
-    inputs: PyTree,
-    labels: jax.Array,
+    data: Split,
+    rows: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on a batch, and what it saw."""
+    """One optimiser step on a batch of rows, and what it saw."""
+    inputs, labels = jax.tree.map(lambda x: x[rows], tuple(data))
     dropout, jacobian = jax.random.split(jax.random.fold_in(state.key, state.step))
     rngs = {"dropout": dropout}
     if task.jacobian_weight:
         rngs["jacobian"] = jacobian
+    start = None
+    if state.warm is not None:
+        start = rows_of(state.warm, rows)
+    elif solves_adjoint(task.model):
+        start = cold_start(task.model, state.variables._asdict(), inputs)
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+    def objective(params: PyTree, adjoint0: Adjoint | None) -> tuple[jax.Array, tuple[Any, ...]]:
+        options: dict[str, Any] = {"z0": start.z0, "adjoint0": adjoint0} if start else {}
         prediction, updated = task.model.apply(
             {"params": params, "batch_stats": state.variables.batch_stats},
             inputs,
             train=True,
             rngs=rngs,
             mutable=["batch_stats"],
+            **options,
         )
+        fusion = prediction.fusion
         loss = task.loss(prediction, labels)
-        seen = {"loss": loss, **solver_means(prediction.fusion.stats)}
-        if prediction.fusion.jacobian_penalty is not None:
-            seen["jacobian_penalty"] = prediction.fusion.jacobian_penalty
-            loss = loss + task.jacobian_weight * prediction.fusion.jacobian_penalty
-        return loss, (updated.get("batch_stats", {}), seen)
+        seen = {"loss": loss, **solver_means(fusion.stats)}
+        if fusion.jacobian_penalty is not None:
+            seen["jacobian_penalty"] = fusion.jacobian_penalty
+            loss = loss + task.jacobian_weight * fusion.jacobian_penalty
+        rest = FusionState(fusion.modalities, fusion.fused)
+        return loss, (updated.get("batch_stats", {}), seen, rest)
 
-    grads, (batch_stats, seen) = jax.grad(objective, has_aux=True)(state.variables.params)
-    updates, optimiser_state = optimiser.update(grads, state.optimiser, state.variables.params)
-    variables = Variables(optax.apply_updates(state.variables.params, updates), batch_stats)
+    gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
+    params, adjoint0 = state.variables.params, start and start.adjoint0
+    (grads, adjoint), (batch_stats, seen, rest) = gradient(params, adjoint0)
+    updates, optimiser_state = optimiser.update(grads, state.optimiser, params)
+    variables = Variables(optax.apply_updates(params, updates), batch_stats)
     seen["gradient_norm"] = optax.tree.norm(grads)
-    return TrainState(variables, optimiser_state, state.step + 1, state.key), seen
+    if adjoint is not None:
+        seen["backward_converged"] = jnp.mean(adjoint.failed == 0)
+        seen["backward_steps"] = jnp.mean(adjoint.steps)
+    warm = state.warm and put_rows(state.warm, rows, Warm(rest, adjoint))
+    return TrainState(variables, optimiser_state, state.step + 1, state.key, warm), seen
 
 
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:
@@ -275,8 +299,7 @@ def run_epochs(
     order_of_all = jax.vmap(order)(first + jnp.arange(epochs)).reshape(-1, batch_size)
 
     def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        inputs, labels = jax.tree.map(lambda x: x[batch], tuple(data))
-        return train_step(task, optimiser, state, inputs, labels)
+        return train_step(task, optimiser, state, data, batch)
 
     return jax.lax.scan(step, state, order_of_all)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from flax.errors import InvalidRngError
+from jax.flatten_util import ravel_pytree
 
 from deq_fusion_jax import Adjoint, DEQFusion, FusionCell, FusionState, Picard
 from deq_fusion_jax.injection import Inject, Injection, lift_scale, presence

@@ -98,6 +98,16 @@ class TestFeatures:
         again = mmimdb.parse_args(shlex.split(command)[3:])
         assert again == dataclasses.replace(config, run_dir=None)
 
+    def test_warm_starts_save_steps(self, main, small, tmp_path):
+        status, out, _ = main(
+            "--data-dir", small, "--fusion", "deq", "--run-dir", tmp_path / "run",
+            "--warm-start", "--dropout", 0, "--epochs", 3, "--learning-rate", 1e-5,
+        )  # fmt: skip
+        assert status == 0 and "Warm starts are on: " in out
+        first, *_, last = (row["train"] for row in history_of(tmp_path / "run")[1:])
+        assert last["mean_steps"] < 0.9 * first["mean_steps"]
+        assert last["backward_steps"] < 0.9 * first["backward_steps"]
+
     def test_precomputed_features_take_the_place_of_the_data_s_own(self, main, small, tmp_path):
         """With a text that spells the labels out, the text alone learns them."""
         with h5py.File(small) as file:
@@ -281,6 +291,7 @@ BAD_OPTIONS = [
     (["--fusion", "deq", "--tol", 0], "tol"),
     (["--fusion", "deq", "--tol", 1e-12], "tol"),
     (["--fusion", "deq", "--max-steps", 0], "max"),
+    (["--warm-start"], "--fusion sum solves nothing; use --fusion deq"),
     (["--dropout", 1.5], "dropout"),
     (["--learning-rate", "nan"], "learning"),
 ]  # fmt: skip

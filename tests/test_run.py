@@ -32,8 +32,9 @@ class Model(nn.Module):
     fusion: nn.Module
 
     @nn.compact
-    def __call__(self, inputs, train=False):
-        out = self.fusion({name: nn.Dense(8)(x) for name, x in inputs.items()}, train=train)
+    def __call__(self, inputs, train=False, **start):
+        encoded = {name: nn.Dense(8)(x) for name, x in inputs.items()}
+        out = self.fusion(encoded, train=train, **start)
         return Prediction(nn.Dense(3)(out.fused), out)
 
 

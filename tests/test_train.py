@@ -15,13 +15,14 @@ import numpy as np
 import optax
 import pytest
 
-from deq_fusion_jax import DEQFusion, FusionOutput, Picard
+from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
 from experiments.checkpoint import Checkpoints
 from experiments.config import build_fusion
 from experiments.datasets import Split
 from experiments.encoders import MaxoutMLP
+from experiments.run import with_warm_starts
 from experiments.train import (
     Prediction,
     Schedule,
@@ -34,6 +35,7 @@ from experiments.train import (
     run_epochs,
     train_step,
 )
+from experiments.warm import needed_bytes
 
 
 class Net(nn.Module):
@@ -42,9 +44,9 @@ class Net(nn.Module):
     fusion: nn.Module
 
     @nn.compact
-    def __call__(self, inputs, train=False):
+    def __call__(self, inputs, train=False, **start):
         encoded = {name: MaxoutMLP((8,), 0.3)(x, train) for name, x in inputs.items()}
-        out = self.fusion(encoded, train=train)
+        out = self.fusion(encoded, train=train, **start)
         return Prediction(nn.Dense(1)(out.fused), out)
 
 
@@ -177,7 +179,8 @@ class TestResume:
         """Else the tests above would say little."""
         start = init_state(deq.task, deq.optimiser, deq.train.inputs, 3)
         assert bits(start.variables.batch_stats) != bits(deq.whole.last.variables.batch_stats)
-        step = jax.make_jaxpr(lambda s: train_step(deq.task, deq.optimiser, s, *deq.train)[0])
+        batch = deq.train, jnp.arange(8)
+        step = jax.make_jaxpr(lambda s: train_step(deq.task, deq.optimiser, s, *batch)[0])
         assert "random_bits" in str(step(start))
 
     def test_the_seed_decides(self, deq):
@@ -209,7 +212,8 @@ class TestHistory:
             assert 1 <= row["solver"]["mean_steps"] <= row["solver"]["max_steps"]
             assert (row["solver"]["converged"] == 1) == (0 < row["solver"]["residual"] <= 1e-3)
         for row in others:
-            assert set(row["train"]) == {"loss", "gradient_norm", *row["solver"]}
+            backward = {"backward_converged", "backward_steps"}
+            assert set(row["train"]) == {"loss", "gradient_norm", *backward, *row["solver"]}
             assert row["loss"] == row["train"]["loss"] > 0 and row["train"]["gradient_norm"] > 0
 
     def test_loss_is_the_mean_over_the_steps_of_the_epoch(self):
@@ -355,6 +359,78 @@ class TestRows:
         assert seen["loss"].shape == (2,)
 
 
+class Bare(nn.Module):
+    """DEQ → linear: a row's features are the same in every epoch."""
+
+    fusion: nn.Module
+
+    @nn.compact
+    def __call__(self, inputs, train=False, **start):
+        out = self.fusion(inputs, train=train, **start)
+        return Prediction(nn.Dense(1)(out.fused), out)
+
+
+class TestWarmStarts:
+    def task(self, deq, warm=True, tol=1e-5, gradient=Implicit()):
+        solver = Anderson(tol=tol, max_steps=60)
+        model = Bare(DEQFusion(32, solver=solver, gradient=gradient))
+        return dataclasses.replace(deq.task, model=model, loss=cross_entropy, warm_start=warm)
+
+    def fit(self, deq, optimiser, warm=True, epochs=6, checkpoints=None, **options):
+        task, schedule = self.task(deq, warm, **options), Schedule(epochs, batch_size=8)
+        return fit(task, optimiser, deq.train, deq.validation, schedule, 3, checkpoints)
+
+    def test_every_row_gets_its_own_equilibrium_and_adjoint_back(self, deq):
+        task, still = self.task(deq), optax.sgd(0.0)
+        state = init_state(task, still, deq.train.inputs, 3)
+        variables = state.variables._asdict()
+        rows = jnp.array([5, 2, 19, 7])
+        state, first = train_step(task, still, state, deq.train, rows)
+        solved = task.model.apply(variables, jax.tree.map(lambda x: x[rows], deq.train.inputs))
+        np.testing.assert_allclose(state.warm.z0.fused[rows], solved.fusion.fused, atol=1e-5)
+        others = jnp.delete(state.warm.z0.fused, rows, axis=0)
+        assert not others.any() and state.warm.z0.fused[rows].any(axis=1).all()
+        state, second = train_step(task, still, state, deq.train, rows[::-1])
+        assert first["mean_steps"] > 3 and first["backward_steps"] > 3
+        assert second["mean_steps"] == second["backward_steps"] == 1
+
+    def test_what_is_learned_is_the_same_in_fewer_steps(self, deq):
+        cold, warm = (self.fit(deq, optax.adam(1e-4), on).history for on in (False, True))
+        for key in ("loss", "validation_loss"):
+            got, want = ([row[key] for row in history[1:]] for history in (warm, cold))
+            np.testing.assert_allclose(got, want, rtol=1e-4)
+        for key in ("mean_steps", "backward_steps"):
+            assert warm[-1]["train"][key] < 0.8 * cold[-1]["train"][key]
+        assert warm[-1]["train"]["converged"] == warm[-1]["train"]["backward_converged"] == 1
+
+    def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(self, deq, tmp_path):
+        whole = self.fit(deq, deq.optimiser, epochs=3)
+        self.fit(deq, deq.optimiser, epochs=2, checkpoints=Checkpoints(tmp_path))
+        again = self.fit(deq, deq.optimiser, epochs=3, checkpoints=Checkpoints(tmp_path))
+        assert bits(again.last) == bits(whole.last)
+        assert again.last.warm is not None
+
+    def test_the_bytes_are_counted_before_they_are_taken(self, deq, capsys):
+        inputs, model = deq.train.inputs, self.task(deq).model
+        taken = init_state(self.task(deq), deq.optimiser, inputs, 0).warm
+        needed = needed_bytes(model, inputs)
+        assert needed == sum(x.nbytes for x in jax.tree.leaves(taken))
+        assert needed == 22 * 4 * (2 * 3 * 32 + 3)  # z and u: 3 states of 32; 3 statistics
+        cold = self.task(deq, warm=False)
+        assert with_warm_starts(cold, inputs, free=2 * needed).warm_start
+        assert not with_warm_starts(cold, inputs, free=2 * needed - 1).warm_start
+        said = capsys.readouterr().out.splitlines()
+        assert said[0].startswith("Warm starts are on: 0.0 MiB for 22 rows")
+        assert said[1].startswith("Warm starts are off: ")
+
+    def test_a_failing_backward_solve_is_seen(self, deq):
+        short = Implicit(Picard(tol=1e-6, max_steps=2))
+        seen = self.fit(deq, optax.sgd(0.0), warm=False, epochs=1, gradient=short).history[-1]
+        assert seen["train"]["backward_converged"] == 0
+        assert seen["train"]["backward_steps"] == 2
+        assert seen["train"]["converged"] == 1
+
+
 class TestStep:
     def test_the_jacobian_penalty_counts_with_its_weight(self):
         """d/dw of -w + γ w² at w = 3 is -1 + 6 γ."""
@@ -365,7 +441,7 @@ class TestStep:
             state = TrainState(
                 Variables(params, {}), optimiser.init(params), jnp.int32(0), jax.random.key(0)
             )
-            after, seen = train_step(task, optimiser, state, {"x": jnp.ones((4, 1))}, jnp.zeros(4))
+            after, seen = train_step(task, optimiser, state, ONES, jnp.arange(4))
             assert weight(after.variables) == pytest.approx(3 + 1 - 6 * gamma)
             assert float(seen["loss"]) == -3  # without the penalty, which has its own entry
             assert (float(seen["jacobian_penalty"]) == 9) if gamma else (len(seen) == 2)
