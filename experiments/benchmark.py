@@ -1,0 +1,275 @@
+"""What do forward and backward of the fusion layer cost, beside other libraries?
+
+    python -m experiments.benchmark            (about half an hour on two cores)
+    python -m experiments.benchmark --quick    (a few minutes)
+
+Three parts. `layer`: our two schedules, jaxopt, optimistix, torchdeq, the unrolled iteration and
+the floor, on the same weights, inputs and map, and what each of them reached. `depth`: memory and
+time against the number of steps. `scaling`: cost against batch, channels, modalities, tolerance.
+Contenders are interleaved: every round times each of them once, in rotating order.
+
+Writes `benchmark.json`, `benchmark.md` and `figures/` into the run directory and prints the tables.
+PyTorch, torchdeq and optimistix come with the extra `bench`; their rows are left out without it.
+"""
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+
+from experiments.benchmark_figures import figures
+from experiments.benchmark_problem import Problem, Shape, make_problem, norm, reaches
+from experiments.benchmark_report import fits, tables
+from experiments.cli import parse
+from experiments.contenders import Contender, floor, jax_contenders, ours, timed, unrolled
+from experiments.errors import InputError, exit_cleanly
+from experiments.report import config_to_dict, versions, write_json, write_text
+
+EPSILON = float(jnp.finfo(jnp.float32).eps)
+
+Row = dict[str, Any]
+Case = Callable[[], list[Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Forward and backward of the fusion layer, timed side by side with other libraries.
+
+    Attributes:
+      part: what to measure.
+      shapes: batch, channels and modalities of the layers of the part "layer".
+      tolerances: relative residuals at which its contenders stop.
+      rounds: how often everything is timed.
+      quick: only the smallest shape, at most 3 rounds, and the beginning of every range.
+      seed: of weights and inputs. With 0, plain iteration settles for all samples of the shapes
+        above; with most others a sample or two of the narrowest never does.
+      run_dir: where to write.
+    """
+
+    part: tuple[str, ...] = ("layer", "depth", "scaling")
+    shapes: tuple[Shape, ...] = ((64, 64, 2), (128, 256, 2), (128, 512, 2), (32, 500, 3))
+    tolerances: tuple[float, ...] = (1e-3, 1e-5)
+    rounds: int = 15
+    quick: bool = False
+    seed: int = 0
+    run_dir: Path = Path("runs/benchmark")
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def measure(
+    problem: Problem, tol: float, contenders: list[Contender], rounds: int, exact: bool = True
+) -> list[Row]:
+    """A row for each contender; `exact` compares its gradient with the reference.
+
+    `ratio` is the median over the rounds of its time by that of the fastest of ours.
+    """
+    seconds = interleaved(contenders, rounds)
+    own = [times for name, times in seconds.items() if name.startswith("ours")]
+    fastest = min(own, key=median)
+    rows = []
+    for contender in contenders:
+        times = seconds[contender.name]
+        ratio = median(a / b for a, b in zip(times, fastest, strict=True))
+        time = {"seconds": times, "median": median(times), "ratio": ratio}
+        rows.append({**time, **described(problem, tol, contender, exact)})
+    return rows
+
+
+def interleaved(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds by contender and round, after a round to warm up."""
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(-1, rounds):
+        first = turn % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            took = timed(contender)
+            if turn >= 0:
+                seconds[contender.name].append(took)
+    return seconds
+
+
+def described(problem: Problem, tol: float, contender: Contender, exact: bool) -> Row:
+    """What a contender did and reached, its time aside."""
+    row: Row = {"contender": contender.name, "shape": problem.shape, "tolerance": tol}
+    names = ("forward", "backward", "temporaries", "compile_seconds", "settings")
+    row |= {name: getattr(contender, name) for name in names}
+    if contender.read is None:
+        return row
+    z, gradient = contender.read(contender.step())
+    row["sample_residual"], row["residual"] = problem.residuals(z)
+    row["reached"] = reaches(row["residual"], tol) and math.isfinite(norm(gradient))
+    if exact:
+        row["gradient_error"] = problem.gradient_error(gradient)
+    return row
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+def layer(config: Config) -> list[Case]:
+    """Every contender on every shape, at every tolerance."""
+
+    def case(shape: Shape, tol: float) -> list[Row]:
+        problem = make_problem(shape, config.seed)
+        contenders = jax_contenders(problem, tol)
+        if not missing("torch", "torchdeq"):
+            from experiments.contenders_torch import torch_contenders
+
+            contenders += torch_contenders(problem, tol)
+        evaluations = (contenders[0].forward or 0) + (contenders[0].backward or 0)
+        contenders.append(floor(problem, evaluations))
+        return measure(problem, tol, contenders, config.rounds)
+
+    return [partial(case, shape, tol) for shape in config.shapes for tol in config.tolerances]
+
+
+def depth(config: Config) -> list[Case]:
+    """Ours, unrolled, and unrolled with checkpoints, against the number of steps."""
+    shape = config.shapes[0] if config.quick else (128, 256, 2)
+    tol = 1.01 * EPSILON  # out of reach, so that all steps are taken
+
+    def case(steps: int) -> list[Row]:
+        problem = make_problem(shape, config.seed)
+        contenders = [
+            ours(problem, tol, "joint", max_steps=steps),
+            unrolled(problem, steps),
+            unrolled(problem, steps, checkpoint=True),
+        ]
+        rows = measure(problem, tol, contenders, config.rounds, exact=False)
+        return [{"steps": steps, **row} for row in rows]
+
+    return [partial(case, steps) for steps in beginning(config, [10, 20, 50, 100, 200])]
+
+
+def scaling(config: Config) -> list[Case]:
+    """Our two schedules, as one quantity grows and the others stay."""
+    tol = 1e-3
+
+    def case(axis: str, value: float, shape: Shape, tol: float) -> list[Row]:
+        problem = make_problem(shape, config.seed)
+        contenders = [ours(problem, tol, schedule) for schedule in ("joint", "staged")]
+        rows = measure(problem, tol, contenders, config.rounds, exact=False)
+        return [{"axis": axis, "value": value, **row} for row in rows]
+
+    batches = beginning(config, [2**k for k in range(4, 13)])
+    widths = beginning(config, [2**k for k in range(6, 12)])
+    counts = beginning(config, [2, 4, 8])
+    tolerances = beginning(config, [10.0**-k for k in range(1, 7)])
+    return [
+        *(partial(case, "batch", n, (n, 64, 2), tol) for n in batches),
+        *(partial(case, "channels", d, (32, d, 2), tol) for d in widths),
+        *(partial(case, "modalities", m, (32, 128, m), tol) for m in counts),
+        *(partial(case, "tolerance", tol, (64, 256, 2), tol) for tol in tolerances),
+    ]
+
+
+def beginning(config: Config, values: list[Any]) -> list[Any]:
+    return values[:2] if config.quick else values
+
+
+PARTS: dict[str, Callable[[Config], list[Case]]] = {
+    "layer": layer,
+    "depth": depth,
+    "scaling": scaling,
+}
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    """The options; `quick` has taken effect in them.
+
+    Raises:
+      InputError: one of them cannot be used.
+    """
+    config = parse(Config(), args, "python -m experiments.benchmark")
+    if unknown := [part for part in config.part if part not in PARTS]:
+        raise InputError(f"--part {' '.join(unknown)}: choose from {', '.join(PARTS)}")
+    if config.rounds < 1:
+        raise InputError(f"--rounds {config.rounds}: at least 1 is needed")
+    for batch, channels, modalities in config.shapes:
+        if min(batch, modalities) < 1 or channels < 8 or channels % 4:
+            raise InputError(
+                f"--shapes {batch} {channels} {modalities}: expected batch, channels and "
+                "modalities, the channels a multiple of 4 from 8, the others at least 1"
+            )
+    if wrong := [tol for tol in config.tolerances if not EPSILON <= tol < 1]:
+        raise InputError(f"--tolerances {wrong[0]}: expected from {EPSILON:.1e} to less than 1")
+    if config.quick:
+        smallest = min(config.shapes, key=math.prod)
+        return replace(config, rounds=min(config.rounds, 3), shapes=(smallest,))
+    return config
+
+
+def missing(*packages: str) -> list[str]:
+    return [package for package in packages if find_spec(package) is None]
+
+
+def machine() -> dict[str, str]:
+    """What the numbers belong to."""
+    cores = os.cpu_count()
+    about = {"processor": processor(), "threads": f"{cores} for JAX; PyTorch's with its settings"}
+    peers = ("torch", "torchdeq", "optimistix", "lineax")
+    found = {package: metadata.version(package) for package in peers if not missing(package)}
+    return {**about, **versions(), **found}
+
+
+def processor() -> str:
+    """The model of the CPU, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures the parts and writes the run directory; what `benchmark.json` holds."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {config.run_dir}: {error.strerror}; give a folder") from error
+    results: dict[str, Any] = {"config": config_to_dict(config), "machine": machine()}
+    results["missing"] = missing("torch", "torchdeq", "optimistix")
+    # On a GPU float32 products would otherwise be rounded to 10 bits.
+    with jax.default_matmul_precision("highest"), Progress() as progress:
+        for part in config.part:
+            cases = progress.track(PARTS[part](config), description=part)
+            results[part] = [row for case in cases for row in case()]
+    results["fits"] = fits(results.get("scaling", []))
+
+    drawn = figures(results)
+    for name, figure in drawn.items():
+        (config.run_dir / "figures").mkdir(exist_ok=True)
+        figure.savefig(config.run_dir / "figures" / f"{name}.png", dpi=150)
+    pictures = [f"\n![{name}](figures/{name}.png)\n" for name in drawn]
+    write_json(config.run_dir / "benchmark.json", results)
+    write_text(config.run_dir / "benchmark.md", tables(results) + "".join(pictures))
+    return results
+
+
+@exit_cleanly()
+def main() -> None:
+    config = parse_args(sys.argv[1:])
+    results = run(config)
+    Console().print(Markdown(tables(results)))
+    print(f"Written to {config.run_dir}.")
+
+
+if __name__ == "__main__":
+    main()

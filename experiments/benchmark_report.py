@@ -1,0 +1,194 @@
+"""The tables of `experiments.benchmark`, and the exponents of its part `scaling`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from experiments.report import markdown_table, number
+
+Row = Mapping[str, Any]
+
+MEGABYTE = 1e6
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """All parts that were measured, in Markdown."""
+    lines = ["# Forward and backward of the fusion layer", ""]
+    about = [["name", "value"], *([name, value] for name, value in results["machine"].items())]
+    lines += [markdown_table(about, left=2)]
+    if results["missing"]:
+        names = ", ".join(results["missing"])
+        lines += ["", f"Left out, not installed: {names}. `pip install '.[bench]'` has them."]
+    lines += layer_tables(results.get("layer", []))
+    lines += depth_tables(results.get("depth", []))
+    lines += scaling_tables(results.get("scaling", []), results["fits"])
+    return "\n".join(lines) + "\n"
+
+
+def distinct(rows: Iterable[Row], name: str) -> list[Any]:
+    """The values that a column has, in order."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def called(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape[:2])) + f", M = {shape[2]}"
+
+
+# --- layer -----------------------------------------------------------------------------------
+
+
+def layer_tables(rows: Sequence[Row]) -> list[str]:
+    """For each tolerance all shapes beside one another, then each with all that was measured."""
+    if not rows:
+        return []
+    lines = ["", "## One layer", ""]
+    lines += ["Batch × channels, M modalities; median milliseconds of the rounds, and evaluations"]
+    lines += ["of f / of its vector–Jacobian product, the staged ones of a part of f each."]
+    lines += ["* missed the tolerance over the batch."]
+    for tol in distinct(rows, "tolerance"):
+        chosen = [row for row in rows if row["tolerance"] == tol]
+        lines += ["", f"### Tolerance {tol:g}", "", markdown_table(_overview(chosen), width=120)]
+        for shape in distinct(chosen, "shape"):
+            cell = [row for row in chosen if row["shape"] == shape]
+            lines += ["", f"{called(shape)}, tolerance {tol:g}:", ""]
+            lines += [markdown_table(_details(cell), width=120), ""]
+            lines += [_settings(cell)]
+    lines += [
+        "",
+        "ratio: to the fastest of ours. sample, batch: ‖f(z) − z‖ / ‖f(z)‖, the largest of",
+    ]
+    lines += ["a sample and over the batch. gradient: relative error against float64."]
+    return [*lines, "MB: temporaries. s: compilation."]
+
+
+def _overview(rows: Sequence[Row]) -> list[list[str]]:
+    shapes = distinct(rows, "shape")
+    lines = [["contender", *map(called, shapes)]]
+    for name in distinct(rows, "contender"):
+        cells = {row["shape"]: row for row in rows if row["contender"] == name}
+        texts = [_time(cells[s]) + _mark(cells[s]) if s in cells else "–" for s in shapes]
+        lines.append([name, *texts])
+    return lines
+
+
+def _time(row: Row) -> str:
+    counts = _evaluations(row)
+    return number(1e3 * row["median"], 1) + (f" ({counts})" if counts else "")
+
+
+def _mark(row: Row) -> str:
+    return " *" if row.get("reached") is False else ""
+
+
+def _evaluations(row: Row) -> str:
+    return "/".join(number(row[name]) for name in ("forward", "backward") if row[name])
+
+
+def _details(rows: Sequence[Row]) -> list[list[str]]:
+    header = ["contender", "ms", "ratio", "f / vjp", "sample", "batch", "gradient", "MB", "s"]
+    return [header, *(_detail(row) for row in rows)]
+
+
+def _detail(row: Row) -> list[str]:
+    errors = [row.get(name) for name in ("sample_residual", "residual", "gradient_error")]
+    return [
+        row["contender"] + _mark(row),
+        number(1e3 * row["median"], 1),
+        number(row["ratio"], 2),
+        _evaluations(row) or "–",
+        *(number(error, 1, "e") for error in errors),
+        megabytes(row),
+        number(row["compile_seconds"], 1),
+    ]
+
+
+def megabytes(row: Row) -> str:
+    size = row["temporaries"]
+    return "–" if size is None else number(size / MEGABYTE, 1)
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    chosen = [f"{row['contender']}: {row['settings']}" for row in rows if row["settings"]]
+    return f"Settings: {'; '.join(chosen)}." if chosen else ""
+
+
+# --- depth -----------------------------------------------------------------------------------
+
+
+def depth_tables(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    names = distinct(rows, "contender")
+    header = ["steps", *(f"{name}, {unit}" for unit, name in product(("MB", "ms"), names))]
+    lines = [header]
+    for steps in distinct(rows, "steps"):
+        cells = [row for row in rows if row["steps"] == steps]
+        lines.append([str(steps), *map(megabytes, cells), *map(_time, cells)])
+    title = f"{called(rows[0]['shape'])}: temporaries, median time and evaluations by steps."
+    return ["", "## Depth", "", title, "", markdown_table(lines, width=120)]
+
+
+# --- scaling ---------------------------------------------------------------------------------
+
+
+def scaling_tables(rows: Sequence[Row], fitted: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", "## Scaling", "", "Median milliseconds (evaluations of f), temporaries in MB."]
+    lines += ["* missed the tolerance over the batch."]
+    for axis in distinct(rows, "axis"):
+        chosen = [row for row in rows if row["axis"] == axis]
+        names = distinct(chosen, "contender")
+        table = [[axis, *(f"{name}, {unit}" for name, unit in product(names, ("ms", "MB")))]]
+        for value in distinct(chosen, "value"):
+            cells = [row for row in chosen if row["value"] == value]
+            texts = [text for row in cells for text in (_time(row) + _mark(row), megabytes(row))]
+            table.append([f"{value:g}", *texts])
+        lines += ["", markdown_table(table, width=120), ""]
+        lines += [f"- {_sentence(fit)}" for fit in fitted if fit["axis"] == axis]
+    return lines
+
+
+def fits(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each axis and contender the exponents of time, time per evaluation, and temporaries.
+
+    For the tolerance: how many evaluations of f another decade takes.
+    """
+    found = []
+    for axis, name in product(distinct(rows, "axis"), distinct(rows, "contender")):
+        chosen = [row for row in rows if (row["axis"], row["contender"]) == (axis, name)]
+        x, time, steps, size = (
+            np.array([row[column] for row in chosen], float)
+            for column in ("value", "median", "forward", "temporaries")
+        )
+        fit = {"axis": axis, "contender": name, "from": x[0], "to": x[-1]}
+        if axis == "tolerance":
+            fit["evaluations_per_decade"] = slope(-np.log10(x), steps)
+        else:
+            fit["time"] = power_law(x, time)
+            fit["time_per_evaluation"] = power_law(x, time / steps)
+            fit["temporaries"] = power_law(x, size)
+        found.append(fit)
+    return found
+
+
+def power_law(x: np.ndarray, y: np.ndarray) -> float:
+    """a of y ∝ xᵃ, by least squares in the logarithms."""
+    return slope(np.log(x), np.log(y))
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> float:
+    """a of y = a x + b, by least squares."""
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _sentence(fit: Row) -> str:
+    begin = f"{fit['contender']}, {fit['axis']} from {fit['from']:g} to {fit['to']:g}:"
+    if "evaluations_per_decade" in fit:
+        return f"{begin} {fit['evaluations_per_decade']:.1f} evaluations per decade."
+    return (
+        f"{begin} exponent {fit['time']:.2f} of time, {fit['time_per_evaluation']:.2f} of time per "
+        f"evaluation, {fit['temporaries']:.2f} of temporaries."
+    )
