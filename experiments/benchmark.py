@@ -3,9 +3,11 @@
     python -m experiments.benchmark            (about half an hour on two cores)
     python -m experiments.benchmark --quick    (a few minutes)
 
-Three parts. `layer`: our two schedules, jaxopt, optimistix, torchdeq, the unrolled iteration and
-the floor, on the same weights, inputs and map, and what each of them reached. `depth`: memory and
-time against the number of steps. `scaling`: cost against batch, channels, modalities, tolerance.
+Four parts. `layer`: our two schedules, jaxopt, optimistix, torchdeq, the unrolled iteration and
+the floor, on the same weights, inputs and map, and what each of them reached. `training`: a step of
+training on the shapes of ROSMAP and MM-IMDB, ours with and without warm starts, and torchdeq.
+`depth`: memory and time against the number of steps. `scaling`: cost against batch, channels,
+modalities, tolerance.
 Contenders are interleaved: every round times each of them once, in rotating order.
 
 Writes `benchmark.json`, `benchmark.md` and `figures/` into the run directory and prints the tables.
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +37,7 @@ from rich.progress import Progress
 from experiments.benchmark_figures import figures
 from experiments.benchmark_problem import Problem, Shape, make_problem, norm, reaches
 from experiments.benchmark_report import fits, tables
+from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
 from experiments.cli import parse
 from experiments.contenders import Contender, floor, jax_contenders, ours, timed, unrolled
 from experiments.errors import InputError, exit_cleanly
@@ -60,7 +64,7 @@ class Config:
       run_dir: where to write.
     """
 
-    part: tuple[str, ...] = ("layer", "depth", "scaling")
+    part: tuple[str, ...] = ("layer", "training", "depth", "scaling")
     shapes: tuple[Shape, ...] = ((64, 64, 2), (128, 256, 2), (128, 512, 2), (32, 500, 3))
     tolerances: tuple[float, ...] = (1e-3, 1e-5)
     rounds: int = 15
@@ -138,6 +142,27 @@ def layer(config: Config) -> list[Case]:
     return [partial(case, shape, tol) for shape in config.shapes for tol in config.tolerances]
 
 
+def training(config: Config) -> list[Case]:
+    """Epoch after epoch of the same rows, with their features dropped at random and without."""
+    tol = 1e-3
+
+    def case(lesson: Lesson) -> list[Row]:
+        schedules = product(("joint", "staged"), (False, True))
+        learners = [our_learner(lesson, tol, config.seed, *options) for options in schedules]
+        if not missing("torch", "torchdeq"):
+            from experiments.contenders_torch import torch_learner
+
+            learners.append(torch_learner(lesson, tol, config.seed))
+        return taught(lesson, learners, config.rounds)
+
+    small = (("a small layer", 32, (16, 64, 2)),)
+    return [
+        partial(case, Lesson(*lesson, dropout))
+        for lesson in (small if config.quick else LESSONS)
+        for dropout in (0.0, 0.3)
+    ]
+
+
 def depth(config: Config) -> list[Case]:
     """Ours, unrolled, and unrolled with checkpoints, against the number of steps."""
     shape = config.shapes[0] if config.quick else (128, 256, 2)
@@ -184,6 +209,7 @@ def beginning(config: Config, values: list[Any]) -> list[Any]:
 
 PARTS: dict[str, Callable[[Config], list[Case]]] = {
     "layer": layer,
+    "training": training,
     "depth": depth,
     "scaling": scaling,
 }

@@ -22,6 +22,7 @@ def tables(results: Mapping[str, Any]) -> str:
         names = ", ".join(results["missing"])
         lines += ["", f"Left out, not installed: {names}. `pip install '.[bench]'` has them."]
     lines += layer_tables(results.get("layer", []))
+    lines += training_tables(results.get("training", []))
     lines += depth_tables(results.get("depth", []))
     lines += scaling_tables(results.get("scaling", []), results["fits"])
     return "\n".join(lines) + "\n"
@@ -112,6 +113,40 @@ def megabytes(row: Row) -> str:
 def _settings(rows: Sequence[Row]) -> str:
     chosen = [f"{row['contender']}: {row['settings']}" for row in rows if row["settings"]]
     return f"Settings: {'; '.join(chosen)}." if chosen else ""
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def training_tables(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", "## Training", "", "Synthetic rows in the shapes of the data named. A step of"]
+    lines += ["training, tolerance 1e-3; f / vjp: mean evaluations, loss: mean, of the last epoch."]
+    for name, dropout in product(distinct(rows, "name"), distinct(rows, "dropout")):
+        own = [row for row in rows if (row["name"], row["dropout"]) == (name, dropout)]
+        first = own[0]
+        title = f"{name}, {first['rows']} rows, {called(first['shape'])}, dropout {dropout:g}:"
+        lines += ["", title, "", markdown_table([TRAINING, *map(_lesson, own)], width=120)]
+        lines += ["", _settings(own)]
+    return lines
+
+
+TRAINING = ["contender", "ms", "ratio", "f / vjp", "converged", "loss"]
+
+
+def _lesson(row: Row) -> list[str]:
+    last = row["last"]
+    counts = [last.get(name) for name in ("mean_steps", "backward_steps")]
+    shares = [last[name] for name in ("converged", "backward_converged") if name in last]
+    return [
+        row["contender"],
+        number(1e3 * row["median"], 1),
+        number(row["ratio"], 2),
+        "/".join(number(count, 1) for count in counts if count is not None) or "–",
+        f"{min(shares):.1%}" if shares else "–",
+        number(last["loss"], 4),
+    ]
 
 
 # --- depth -----------------------------------------------------------------------------------

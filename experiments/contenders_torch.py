@@ -1,4 +1,4 @@
-"""Who solves the problem of `experiments.benchmark` in PyTorch: torchdeq, implicit and phantom.
+"""Who solves the problems of `experiments.benchmark` in PyTorch: torchdeq, implicit and phantom.
 
 The maps are the official module's, with our weights under its names. They take the gates in one
 product, as ours do, so that libraries are compared and not maps.
@@ -23,6 +23,14 @@ from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
 from deq_fusion_jax.state import PyTree
 from experiments.benchmark_problem import Outcome, Problem, reaches
+from experiments.benchmark_training import (
+    RATE,
+    Learner,
+    Lesson,
+    initial_params,
+    layer_problem,
+    synthetic,
+)
 from experiments.contenders import MAX_STEPS, Contender, timed
 
 with warnings.catch_warnings():  # of stray backslashes in its docstrings
@@ -100,28 +108,8 @@ def torch_contenders(problem: Problem, tol: float) -> list[Contender]:
 
 
 def tuned(name: str, problem: Problem, tol: float, **gradient: Any) -> Contender:
-    """With the ridge, and then the number of threads, that reach the tolerance fastest.
-
-    Where none reaches it, those with the lowest residual.
-    """
-
-    def rank(contender: Contender) -> tuple[bool, float]:
-        assert contender.read is not None
-        try:
-            _, residual = problem.residuals(contender.read(contender.step()).z)
-        except torch.linalg.LinAlgError:  # the ridge is too small for the mixing to be solved
-            return True, math.inf
-        if reaches(residual, tol):
-            return False, min(timed(contender) for _ in range(3))
-        return True, residual
-
-    def make(ridge: float, threads: int) -> Contender:
-        return torchdeq_anderson(name, problem, tol, ridge, threads, **gradient)
-
-    threads = _thread_counts()
-    ridge = min(RIDGES, key=lambda ridge: rank(make(ridge, threads[-1])))
-    best = min((make(ridge, count) for count in threads), key=rank)
-
+    """With the settings of `tune`, and its evaluations counted."""
+    best = torchdeq_anderson(name, problem, tol, *tune(problem, tol, **gradient), **gradient)
     evaluations: Counter[str] = Counter()
 
     def watch(image: Tensor) -> Tensor:
@@ -134,6 +122,28 @@ def tuned(name: str, problem: Problem, tol: float, **gradient: Any) -> Contender
     return replace(best, forward=evaluations["forward"], backward=evaluations["backward"])
 
 
+def tune(problem: Problem, tol: float, **gradient: Any) -> tuple[float, int]:
+    """The ridge, and then the number of threads, that reach the tolerance fastest.
+
+    Where none reaches it, those with the lowest residual.
+    """
+
+    def rank(ridge: float, threads: int) -> tuple[bool, float]:
+        contender = torchdeq_anderson("tried", problem, tol, ridge, threads, **gradient)
+        assert contender.read is not None
+        try:
+            _, residual = problem.residuals(contender.read(contender.step()).z)
+        except torch.linalg.LinAlgError:  # the ridge is too small for the mixing to be solved
+            return True, math.inf
+        if reaches(residual, tol):
+            return False, min(timed(contender) for _ in range(3))
+        return True, residual
+
+    threads = _thread_counts()
+    ridge = min(RIDGES, key=lambda ridge: rank(ridge, threads[-1]))
+    return ridge, min(threads, key=lambda count: rank(ridge, count))
+
+
 def torchdeq_anderson(
     name: str, problem: Problem, tol: float, ridge: float, threads: int, **gradient: Any
 ) -> Contender:
@@ -141,14 +151,7 @@ def torchdeq_anderson(
 
     Its step takes a function that is shown every f(z).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    solver = f"anderson, ridge {ridge:g}"
-    # get_deq passes no ridge on to the solver of the adjoint, so the solver itself must have it.
-    register_solver(solver, partial(anderson_solver, lam=ridge))
-    forward = {"f_solver": solver, "f_max_iter": MAX_STEPS, "f_tol": tol, "f_stop_mode": "rel"}
-    adjoint = {"b_solver": solver, "b_max_iter": MAX_STEPS, "b_tol": tol, "b_stop_mode": "rel"}
-    deq = get_deq(**forward, **adjoint, **gradient)
-
+    deq, device = make_deq(tol, ridge, **gradient), device_name()
     tensor = partial(torch.tensor, device=device)
     names = tuple(problem.inputs)
     entries = state_dict(problem.params, names)
@@ -176,8 +179,60 @@ def torchdeq_anderson(
         z = FusionState(dict(zip(names, parts, strict=True)), fused)
         return Outcome(z, (jax.device_get(by_weight), by_input))
 
-    place = f"threads {threads}" if device == "cpu" else device
-    return Contender(name, step, read, settings=f"ridge {ridge:g}, {place}")
+    return Contender(name, step, read, settings=_settings(ridge, threads))
+
+
+def make_deq(tol: float, ridge: float, **gradient: Any) -> Any:
+    """torchdeq's solver of f and of its adjoint."""
+    solver = f"anderson, ridge {ridge:g}"
+    # get_deq passes no ridge on to the solver of the adjoint, so the solver itself must have it.
+    register_solver(solver, partial(anderson_solver, lam=ridge))
+    forward = {"f_solver": solver, "f_max_iter": MAX_STEPS, "f_tol": tol, "f_stop_mode": "rel"}
+    adjoint = {"b_solver": solver, "b_max_iter": MAX_STEPS, "b_tol": tol, "b_stop_mode": "rel"}
+    return get_deq(**forward, **adjoint, **gradient)
+
+
+def device_name() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _settings(ridge: float, threads: int) -> str:
+    device = device_name()
+    return f"ridge {ridge:g}, {f'threads {threads}' if device == 'cpu' else device}"
+
+
+def torch_learner(lesson: Lesson, tol: float, seed: int) -> Learner:
+    """The lesson of `experiments.benchmark_training`, with torchdeq's implicit differentiation."""
+    ridge, threads = tune(layer_problem(lesson, seed), tol, ift=True)
+    deq, device = make_deq(tol, ridge, ift=True), device_name()
+    tensor = partial(torch.tensor, device=device)
+    params, data = initial_params(lesson, seed), synthetic(lesson, seed)
+    entries = state_dict(params["fusion"], tuple(data.inputs))
+    weights = {name: tensor(entry, requires_grad=True) for name, entry in entries.items()}
+    head, shift = (tensor(params["head"][k], requires_grad=True) for k in ("kernel", "bias"))
+    x, labels = [tensor(rows) for rows in data.inputs.values()], tensor(data.labels).long()
+    optimiser = torch.optim.Adam([*weights.values(), head, shift], lr=RATE)
+    batch, features, modalities = lesson.shape
+    start = torch.zeros(batch, modalities + 1, features, device=device)
+    torch.manual_seed(seed)
+
+    def step(rows: Tensor) -> float:
+        dropped = [functional.dropout(x_i[rows], lesson.dropout) for x_i in x]
+        x_fused = inject(weights, dropped)
+        z = deq(lambda z: apply_cell(weights, dropped, x_fused, z), start)[0][-1]
+        loss = functional.cross_entropy(z[:, -1] @ head + shift, labels[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    def epoch() -> dict[str, float]:
+        torch.set_num_threads(threads)
+        order = torch.randperm(lesson.rows, device=device)
+        full = order[: lesson.rows // batch * batch]
+        return {"loss": float(np.mean([step(rows) for rows in full.split(batch)]))}
+
+    return Learner("torchdeq, implicit", epoch, settings=_settings(ridge, threads))
 
 
 def _thread_counts() -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 from deq_fusion_jax.official import params_from_official
 from experiments import benchmark, benchmark_report
 from experiments.benchmark_problem import make_problem
+from experiments.benchmark_training import Learner, Lesson, our_learner, taught
 from experiments.contenders import Contender, picard_steps, unrolled
 from experiments.errors import InputError
 
@@ -143,6 +144,43 @@ def test_every_round_times_everyone_once_in_rotating_order():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+class TestTraining:
+    LESSON = Lesson("made up", 16, (16, 64, 2), dropout=0.0)  # a step is an epoch
+
+    def test_all_learn_the_same(self):
+        learners = [our_learner(self.LESSON, 1e-4, 2, "joint", warm) for warm in (False, True)]
+        learners.append(our_learner(self.LESSON, 1e-4, 2, "staged", warm=True))
+        if is_there("torch", "torchdeq"):
+            from experiments.contenders_torch import torch_learner
+
+            learners.append(torch_learner(self.LESSON, 1e-4, 2))
+        taught = [[learner.epoch() for _ in range(4)] for learner in learners]
+        losses = np.array([[means["loss"] for means in epochs] for epochs in taught])
+        assert (np.diff(losses) < 0).all()
+        np.testing.assert_allclose(losses[1:], np.broadcast_to(losses[0], losses[1:].shape), 2e-3)
+        cold, warm, *_ = (epochs[-1] for epochs in taught)
+        for steps in ("mean_steps", "backward_steps"):
+            assert warm[steps] < 0.8 * cold[steps]
+
+    def test_the_table(self):
+        def learner(name, **means):
+            return Learner(name, epoch=lambda: {"loss": 0.25, **means}, settings=f"as {name}")
+
+        solver = {
+            "mean_steps": 7.0,
+            "backward_steps": 4.25,
+            "converged": 1,
+            "backward_converged": 0.5,
+        }
+        rows = taught(self.LESSON, [learner("ours", **solver), learner("theirs")], rounds=2)
+        assert [len(row["seconds"]) for row in rows] == [2, 2] and rows[0]["ratio"] == 1
+        text = "\n".join(benchmark_report.training_tables(rows))
+        assert "made up, 16 rows, 16×64, M = 2, dropout 0:" in text and "Synthetic rows" in text
+        assert re.search(r"\| ours +\|.*\| +7.0/4.2 \| +50.0% \| +0.2500 \|", text)
+        assert re.search(r"\| theirs +\|.*\| +– \| +– \| +0.2500 \|", text)
+        assert "Settings: ours: as ours; theirs: as theirs." in text
+
+
 class TestScaling:
     def test_exponents_of_a_power_law(self):
         x = np.array([16.0, 32.0, 64.0, 128.0])
@@ -232,7 +270,7 @@ class TestCommand:
         assert len(benchmark.scaling(benchmark.Config())) == 9 + 6 + 3 + 6
 
     def test_what_cannot_be_used(self, refuses, tmp_path):
-        refuses("--part speed: choose from layer, depth, scaling", "--part", "speed")
+        refuses("--part speed: choose from layer, training, depth, scaling", "--part", "speed")
         refuses("--rounds 0: at least 1", "--rounds", 0)
         refuses("--shapes 8 63 2: expected", "--shapes", 8, 63, 2)
         refuses("--shapes 0 64 2: expected", "--shapes", 64, 64, 2, 0, 64, 2)
