@@ -10,7 +10,8 @@ training on the shapes of ROSMAP and MM-IMDB, ours with and without warm starts,
 modalities, tolerance.
 Contenders are interleaved: every round times each of them once, in rotating order.
 
-Writes `benchmark.json`, `benchmark.md` and `figures/` into the run directory and prints the tables.
+Writes `benchmark.json`, `benchmark.md`, `figures/` and `summary.md`, the tables without their
+details, into the run directory and prints the tables.
 PyTorch, torchdeq and optimistix come with the extra `bench`; their rows are left out without it.
 """
 
@@ -286,6 +287,7 @@ def run(config: Config) -> dict[str, Any]:
     pictures = [f"\n![{name}](figures/{name}.png)\n" for name in drawn]
     write_json(config.run_dir / "benchmark.json", results)
     write_text(config.run_dir / "benchmark.md", tables(results) + "".join(pictures))
+    write_text(config.run_dir / "summary.md", tables(results, details=False))
     return results
 
 

@@ -13,15 +13,15 @@ Row = Mapping[str, Any]
 MEGABYTE = 1e6
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """All parts that were measured, in Markdown."""
+def tables(results: Mapping[str, Any], details: bool = True) -> str:
+    """All parts that were measured, in Markdown; without `details` one layer table a tolerance."""
     lines = ["# Forward and backward of the fusion layer", ""]
     about = [["name", "value"], *([name, value] for name, value in results["machine"].items())]
     lines += [markdown_table(about, left=2)]
     if results["missing"]:
         names = ", ".join(results["missing"])
         lines += ["", f"Left out, not installed: {names}. `pip install '.[bench]'` has them."]
-    lines += layer_tables(results.get("layer", []))
+    lines += layer_tables(results.get("layer", []), details)
     lines += training_tables(results.get("training", []))
     lines += depth_tables(results.get("depth", []))
     lines += scaling_tables(results.get("scaling", []), results["fits"])
@@ -40,7 +40,7 @@ def called(shape: Sequence[int]) -> str:
 # --- layer -----------------------------------------------------------------------------------
 
 
-def layer_tables(rows: Sequence[Row]) -> list[str]:
+def layer_tables(rows: Sequence[Row], details: bool = True) -> list[str]:
     """For each tolerance all shapes beside one another, then each with all that was measured."""
     if not rows:
         return []
@@ -51,11 +51,13 @@ def layer_tables(rows: Sequence[Row]) -> list[str]:
     for tol in distinct(rows, "tolerance"):
         chosen = [row for row in rows if row["tolerance"] == tol]
         lines += ["", f"### Tolerance {tol:g}", "", markdown_table(_overview(chosen), width=120)]
-        for shape in distinct(chosen, "shape"):
+        for shape in distinct(chosen, "shape") if details else ():
             cell = [row for row in chosen if row["shape"] == shape]
             lines += ["", f"{called(shape)}, tolerance {tol:g}:", ""]
             lines += [markdown_table(_details(cell), width=120), ""]
             lines += [_settings(cell)]
+    if not details:
+        return lines
     lines += [
         "",
         "ratio: to the fastest of ours. sample, batch: ‖f(z) − z‖ / ‖f(z)‖, the largest of",
@@ -71,7 +73,23 @@ def _overview(rows: Sequence[Row]) -> list[list[str]]:
         cells = {row["shape"]: row for row in rows if row["contender"] == name}
         texts = [_time(cells[s]) + _mark(cells[s]) if s in cells else "–" for s in shapes]
         lines.append([name, *texts])
-    return lines
+    cells = [[row for row in rows if row["shape"] == shape] for shape in shapes]
+    return [*lines, [NEXT, *map(_next_library, cells)], [FLOOR, *map(_above_floor, cells)]]
+
+
+NEXT, FLOOR = "next library / fastest of ours", "fastest of ours / floor"
+LIBRARIES = ("jaxopt", "optimistix", "torchdeq, implicit")
+
+
+def _next_library(rows: Sequence[Row]) -> str:
+    """How much longer the fastest other library takes that reaches the tolerance."""
+    there = [r["ratio"] for r in rows if r["contender"].startswith(LIBRARIES) and r.get("reached")]
+    return f"{min(there):.2f}" if there else "–"
+
+
+def _above_floor(rows: Sequence[Row]) -> str:
+    found = [1 / row["ratio"] for row in rows if row["contender"] == "floor"]
+    return f"{found[0]:.2f}" if found else "–"
 
 
 def _time(row: Row) -> str:

@@ -218,6 +218,17 @@ class TestTable:
         )
         assert re.search(r"\| c +\| +12\.3 \(17\) \|", beside)  # one that has none to reach
 
+    def test_the_next_library_and_the_floor(self):
+        names = {"jaxopt": 3.0, "jaxopt, BiCGStab": 1.5, "optimistix, GMRES": 2.0}
+        rows = [self.row("ours, joint", ratio=1.0), self.row("floor", ratio=0.4, reached=None)]
+        rows += [self.row(name, ratio=ratio) for name, ratio in names.items()]
+        rows += [self.row("unrolled", ratio=1.1), self.row("torchdeq, phantom 5", ratio=1.2)]
+        missed = self.row("torchdeq, implicit", ratio=1.3, reached=False)
+        text = "\n".join(benchmark_report.layer_tables([*rows, missed], details=False))
+        assert re.search(r"\| next library / fastest of ours \| +1.50 \|", text)
+        assert re.search(r"\| fastest of ours / floor +\| +2.50 \|", text)
+        assert "ratio: to" not in text and text.count("| jaxopt ") == 1
+
     def test_a_gradient_that_is_not_finite_is_a_miss(self):
         problem = make_problem((4, 32, 3), 0)
         fine = unrolled(problem, 30)
