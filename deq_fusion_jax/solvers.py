@@ -86,6 +86,15 @@ class _PerSample(IterativeSolver):
     def maxiter(self) -> int:
         return self.config.max_steps
 
+    def run(self, z: jax.Array, *args: PyTree) -> OptStep:
+        """jaxopt's loop, less its first step outside the loop: half the program to compile."""
+
+        def unfinished(step: OptStep) -> jax.Array:
+            return (step.state.error > self.tol) & (step.state.iter_num < self.maxiter)
+
+        start = OptStep(z, self.init_state(z, *args))
+        return jax.lax.while_loop(unfinished, lambda step: self.update(*step, *args), start)
+
     def init_state(self, z: jax.Array, *args: PyTree) -> _State:
         batch = z.shape[0]
         shape = (self.maxiter, batch)

@@ -73,8 +73,8 @@ def _overview(rows: Sequence[Row]) -> list[list[str]]:
         cells = {row["shape"]: row for row in rows if row["contender"] == name}
         texts = [_time(cells[s]) + _mark(cells[s]) if s in cells else "–" for s in shapes]
         lines.append([name, *texts])
-    cells = [[row for row in rows if row["shape"] == shape] for shape in shapes]
-    return [*lines, [NEXT, *map(_next_library, cells)], [FLOOR, *map(_above_floor, cells)]]
+    columns = [[row for row in rows if row["shape"] == shape] for shape in shapes]
+    return [*lines, [NEXT, *map(_next_library, columns)], [FLOOR, *map(_above_floor, columns)]]
 
 
 NEXT, FLOOR = "next library / fastest of ours", "fastest of ours / floor"
