@@ -278,17 +278,21 @@ def run(config: Config) -> dict[str, Any]:
         for part in config.part:
             cases = progress.track(PARTS[part](config), description=part)
             results[part] = [row for case in cases for row in case()]
-    results["fits"] = fits(results.get("scaling", []))
-
-    drawn = figures(results)
-    for name, figure in drawn.items():
-        (config.run_dir / "figures").mkdir(exist_ok=True)
-        figure.savefig(config.run_dir / "figures" / f"{name}.png", dpi=150)
-    pictures = [f"\n![{name}](figures/{name}.png)\n" for name in drawn]
-    write_json(config.run_dir / "benchmark.json", results)
-    write_text(config.run_dir / "benchmark.md", tables(results) + "".join(pictures))
-    write_text(config.run_dir / "summary.md", tables(results, details=False))
+            results["fits"] = fits(results.get("scaling", []))
+            write(config.run_dir, results)  # a part that was measured is not lost with the next
     return results
+
+
+def write(run_dir: Path, results: dict[str, Any]) -> None:
+    """The files of a run directory, of the parts that there are so far."""
+    drawn = figures(results)
+    (run_dir / "figures").mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        figure.savefig(run_dir / "figures" / f"{name}.png", dpi=150)
+    pictures = [f"\n![{name}](figures/{name}.png)\n" for name in drawn]
+    write_json(run_dir / "benchmark.json", results)
+    write_text(run_dir / "benchmark.md", tables(results) + "".join(pictures))
+    write_text(run_dir / "summary.md", tables(results, details=False))
 
 
 @exit_cleanly()
