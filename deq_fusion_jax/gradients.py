@@ -96,7 +96,7 @@ class Implicit:
         _, vjp = jax.vjp(f, z_star, *args)
         # The equation is linear: solved for cotangents of unit size, small ones do not underflow.
         size = jax.lax.stop_gradient(_largest(g))
-        unit = _per_sample(jnp.divide, g, jnp.where(size > 0, size, 1))
+        unit = _per_sample(lambda s, x: x / s, jnp.where(size > 0, size, 1), g)
 
         def adjoint_map(u: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, vjp(u)[0], unit)
@@ -108,7 +108,7 @@ class Implicit:
         if adjoint0 is not None:
             steps, failed = (x.astype(jnp.float32) for x in (stats.steps, ~stats.converged))
             adjoint = Adjoint(u, steps, stats.residual, failed)
-        return adjoint, *vjp(_per_sample(jnp.multiply, u, size))[1:]
+        return adjoint, *vjp(_per_sample(jnp.multiply, size, u))[1:]
 
 
 def _largest(z: PyTree) -> jax.Array:
@@ -118,10 +118,7 @@ def _largest(z: PyTree) -> jax.Array:
 
 def _guess(u0: PyTree, unit: PyTree) -> PyTree:
     """u0, or `unit`, one step from zero, where there is no u0; 0 where there is no cotangent."""
-    guessed = (_largest(u0) > 0) & (_largest(unit) > 0)
-    return jax.tree.map(
-        lambda a, b: jnp.where(guessed.reshape(-1, *(1 for _ in a.shape[1:])), a, b), u0, unit
-    )
+    return _per_sample(jnp.where, (_largest(u0) > 0) & (_largest(unit) > 0), u0, unit)
 
 
 def _for_linear(solver: Solver) -> Solver:
@@ -130,13 +127,13 @@ def _for_linear(solver: Solver) -> Solver:
     return solver
 
 
-def _per_sample(operation: Callable[..., jax.Array], z: PyTree, s: jax.Array) -> PyTree:
-    """operation(z, s) with one number s [B] per sample."""
+def _per_sample(operation: Callable[..., jax.Array], s: jax.Array, *trees: PyTree) -> PyTree:
+    """operation(s, *leaves) with one number s [B] per sample, in the dtype of the first tree."""
 
-    def leaf(x: jax.Array) -> jax.Array:
-        return operation(x, s.reshape(-1, *(1 for _ in x.shape[1:]))).astype(x.dtype)
+    def leaf(*x: jax.Array) -> jax.Array:
+        return operation(s.reshape(-1, *(1 for _ in x[0].shape[1:])), *x).astype(x[0].dtype)
 
-    return jax.tree.map(leaf, z)
+    return jax.tree.map(leaf, *trees)
 
 
 @dataclass(frozen=True)

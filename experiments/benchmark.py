@@ -26,7 +26,6 @@ from importlib import metadata
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -38,9 +37,10 @@ from rich.progress import Progress
 from experiments.benchmark_figures import figures
 from experiments.benchmark_problem import Problem, Shape, make_problem, norm, reaches
 from experiments.benchmark_report import fits, tables
+from experiments.benchmark_timing import Contender, timings
 from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
 from experiments.cli import parse
-from experiments.contenders import Contender, floor, jax_contenders, ours, timed, unrolled
+from experiments.contenders import floor, jax_contenders, ours, unrolled
 from experiments.errors import InputError, exit_cleanly
 from experiments.report import config_to_dict, versions, write_json, write_text
 
@@ -80,32 +80,9 @@ class Config:
 def measure(
     problem: Problem, tol: float, contenders: list[Contender], rounds: int, exact: bool = True
 ) -> list[Row]:
-    """A row for each contender; `exact` compares its gradient with the reference.
-
-    `ratio` is the median over the rounds of its time by that of the fastest of ours.
-    """
-    seconds = interleaved(contenders, rounds)
-    own = [times for name, times in seconds.items() if name.startswith("ours")]
-    fastest = min(own, key=median)
-    rows = []
-    for contender in contenders:
-        times = seconds[contender.name]
-        ratio = median(a / b for a, b in zip(times, fastest, strict=True))
-        time = {"seconds": times, "median": median(times), "ratio": ratio}
-        rows.append({**time, **described(problem, tol, contender, exact)})
-    return rows
-
-
-def interleaved(contenders: list[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds by contender and round, after a round to warm up."""
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(-1, rounds):
-        first = turn % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
-            took = timed(contender)
-            if turn >= 0:
-                seconds[contender.name].append(took)
-    return seconds
+    """A row for each contender; `exact` compares its gradient with the reference."""
+    times = timings(contenders, rounds)
+    return [{**times[c.name], **described(problem, tol, c, exact)} for c in contenders]
 
 
 def described(problem: Problem, tol: float, contender: Contender, exact: bool) -> Row:

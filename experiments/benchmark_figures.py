@@ -1,6 +1,7 @@
 """The figures of `experiments.benchmark`: its rows in, matplotlib `Figure`s out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -23,12 +24,12 @@ def time_by_size(rows: Sequence[Row]) -> Figure:
     figure, axes = _panels(len(tolerances))
     for panel, tol in zip(axes, tolerances, strict=True):
         chosen = [row for row in rows if row["tolerance"] == tol]
+        _lines(panel, chosen, _products, _milliseconds)
+        missed = [row for row in chosen if row.get("reached") is False]
         for name, style in _styles(chosen).items():
-            own = sorted((r for r in chosen if r["contender"] == name), key=_products)
-            _line(panel, [_products(r) for r in own], own, style)
-            missed = [row for row in own if row.get("reached") is False]
+            own = [row for row in missed if row["contender"] == name]
             hollow = {**style, "linestyle": "", "markerfacecolor": "white", "label": None}
-            panel.plot([_products(r) for r in missed], _milliseconds(missed), **hollow)
+            panel.plot(list(map(_products, own)), list(map(_milliseconds, own)), **hollow)
         _ticks(panel, {_products(row): called(row["shape"]) for row in chosen}, rotation=90)
         panel.set_title(f"tolerance {tol:g}", fontsize=10)
     axes[0].set_ylabel("forward and backward, ms")
@@ -39,11 +40,8 @@ def time_by_size(rows: Sequence[Row]) -> Figure:
 def cost_by_depth(rows: Sequence[Row]) -> Figure:
     """Temporaries and time against the number of steps."""
     figure, (memory, time) = _panels(2)
-    for name, style in _styles(rows).items():
-        own = [row for row in rows if row["contender"] == name]
-        steps = [row["steps"] for row in own]
-        memory.plot(steps, [row["temporaries"] / MEGABYTE for row in own], **style)
-        _line(time, steps, own, style)
+    _lines(memory, rows, itemgetter("steps"), lambda row: row["temporaries"] / MEGABYTE)
+    _lines(time, rows, itemgetter("steps"), _milliseconds)
     memory.set_ylabel("temporaries, MB")
     time.set_ylabel("forward and backward, ms")
     for panel in (memory, time):
@@ -59,9 +57,7 @@ def cost_by_axis(rows: Sequence[Row]) -> Figure:
     figure, axes = _panels(len(axes_names))
     for panel, axis in zip(axes, axes_names, strict=True):
         chosen = [row for row in rows if row["axis"] == axis]
-        for name, style in _styles(chosen).items():
-            own = [row for row in chosen if row["contender"] == name]
-            _line(panel, [row["value"] for row in own], own, style)
+        _lines(panel, chosen, itemgetter("value"), _milliseconds)
         _ticks(panel, {value: f"{value:g}" for value in distinct(chosen, "value")})
         panel.set_xlabel(axis)
         if axis == "tolerance":
@@ -97,12 +93,17 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _line(axes: Axes, x: Sequence[float], rows: Sequence[Row], style: dict[str, Any]) -> None:
-    axes.plot(x, _milliseconds(rows), **style)
+def _lines(
+    axes: Axes, rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float]
+) -> None:
+    """y against x of every contender."""
+    for name, style in _styles(rows).items():
+        own = sorted((row for row in rows if row["contender"] == name), key=x)
+        axes.plot(list(map(x, own)), list(map(y, own)), **style)
 
 
-def _milliseconds(rows: Sequence[Row]) -> list[float]:
-    return [1e3 * row["median"] for row in rows]
+def _milliseconds(row: Row) -> float:
+    return 1e3 * row["median"]
 
 
 def _products(row: Row) -> int:

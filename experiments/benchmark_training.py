@@ -5,9 +5,6 @@ learned by heart. The model is dropout → fusion layer → linear; Adam; `exper
 as the experiments have it.
 """
 
-import time
-from collections.abc import Callable
-from statistics import median
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +14,7 @@ import optax
 
 from deq_fusion_jax import Anderson, DEQFusion
 from experiments.benchmark_problem import Problem, Shape, make_problem
+from experiments.benchmark_timing import Contender, timings
 from experiments.contenders import MAX_STEPS
 from experiments.datasets import Split
 from experiments.train import Prediction, Task, Variables, init_state, run_epochs
@@ -41,14 +39,6 @@ class Lesson(NamedTuple):
     rows: int
     shape: Shape
     dropout: float
-
-
-class Learner(NamedTuple):
-    """Trains one epoch at each call of `epoch`, which returns the means over its steps."""
-
-    name: str
-    epoch: Callable[[], dict[str, float]]
-    settings: str = ""
 
 
 class Classifier(nn.Module):
@@ -82,7 +72,8 @@ def initial_params(lesson: Lesson, seed: int):
     return jax.device_get({"fusion": layer_problem(lesson, seed).params, "head": head})
 
 
-def our_learner(lesson: Lesson, tol: float, seed: int, schedule: str, warm: bool) -> Learner:
+def our_learner(lesson: Lesson, tol: float, seed: int, schedule: str, warm: bool) -> Contender:
+    """`DEQFusion`; a step of it is an epoch, and returns the means over its training steps."""
     solver = Anderson(tol=tol, max_steps=MAX_STEPS)
     layer = DEQFusion.official(lesson.shape[1], solver=solver, schedule=schedule)
 
@@ -103,34 +94,19 @@ def our_learner(lesson: Lesson, tol: float, seed: int, schedule: str, warm: bool
         state, seen = run_epochs(task, optimiser, state, data, lesson.shape[0], 1)
         return {name: float(np.mean(value)) for name, value in seen.items()}
 
-    return Learner(f"ours, {schedule}, {'warm' if warm else 'cold'}", epoch)
+    return Contender(f"ours, {schedule}, {'warm' if warm else 'cold'}", epoch)
 
 
-def taught(lesson: Lesson, learners: list[Learner], rounds: int) -> list[dict[str, Any]]:
-    """A row for each learner: seconds a step, and the means of the last epoch.
-
-    An epoch to warm up, then every round times one of each, in rotating order.
-    """
-    steps = lesson.rows // lesson.shape[0]
-    seconds: list[list[float]] = [[] for _ in learners]
-    means = [learner.epoch() for learner in learners]
-    for turn in range(rounds):
-        for i in sorted(range(len(learners)), key=lambda i: (i + turn) % len(learners)):
-            time.sleep(0.01)
-            start = time.perf_counter()
-            means[i] = learners[i].epoch()
-            seconds[i].append((time.perf_counter() - start) / steps)
-    own = [times for times, who in zip(seconds, learners, strict=True) if "ours" in who.name]
-    fastest = min(own, key=median)
+def taught(lesson: Lesson, learners: list[Contender], rounds: int) -> list[dict[str, Any]]:
+    """A row for each learner: its time a training step, and the means of one epoch after all."""
+    times = timings(learners, rounds, parts=lesson.rows // lesson.shape[0])
     return [
         {
             **lesson._asdict(),
             "contender": learner.name,
             "settings": learner.settings,
-            "seconds": times,
-            "median": median(times),
-            "ratio": median(a / b for a, b in zip(times, fastest, strict=True)),
-            "last": last,
+            **times[learner.name],
+            "last": learner.step(),
         }
-        for learner, times, last in zip(learners, seconds, means, strict=True)
+        for learner in learners
     ]

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -24,40 +24,10 @@ from deq_fusion_jax import Anderson, DEQFusion, FusionState, SolveStats
 from deq_fusion_jax.baselines import WeightTied
 from deq_fusion_jax.state import PyTree
 from experiments.benchmark_problem import Equilibrium, Outcome, Problem, norm, through
+from experiments.benchmark_timing import Contender
 
 MAX_STEPS = 55  # of accelerated iterations
 PLAIN_STEPS = 200  # of plain ones, which need more
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One forward and backward, ready to be timed.
-
-    Attributes:
-      step: does it, and returns when it is done.
-      read: turns what `step` returned into an `Outcome`; None for the floor, which finds nothing.
-      forward, backward: evaluations of f and of its vector–Jacobian product, where known.
-      temporaries: bytes that the compiled program needs beside its arguments and results.
-      compile_seconds: of tracing and compiling it.
-      settings: what was chosen for this problem.
-    """
-
-    name: str
-    step: Callable[..., Any]
-    read: Callable[[Any], Outcome] | None = None
-    forward: int | None = None
-    backward: int | None = None
-    temporaries: int | None = None
-    compile_seconds: float | None = None
-    settings: str = ""
-
-
-def timed(contender: Contender) -> float:
-    """Seconds of one step, begun when the threads of another library have gone to sleep."""
-    time.sleep(0.01)
-    start = time.perf_counter()
-    contender.step()
-    return time.perf_counter() - start
 
 
 def jax_contenders(problem: Problem, tol: float) -> list[Contender]:

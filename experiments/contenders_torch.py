@@ -23,15 +23,15 @@ from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
 from deq_fusion_jax.state import PyTree
 from experiments.benchmark_problem import Outcome, Problem, reaches
+from experiments.benchmark_timing import Contender, timed
 from experiments.benchmark_training import (
     RATE,
-    Learner,
     Lesson,
     initial_params,
     layer_problem,
     synthetic,
 )
-from experiments.contenders import MAX_STEPS, Contender, timed
+from experiments.contenders import MAX_STEPS
 
 with warnings.catch_warnings():  # of stray backslashes in its docstrings
     warnings.simplefilter("ignore")
@@ -201,8 +201,8 @@ def _settings(ridge: float, threads: int) -> str:
     return f"ridge {ridge:g}, {f'threads {threads}' if device == 'cpu' else device}"
 
 
-def torch_learner(lesson: Lesson, tol: float, seed: int) -> Learner:
-    """The lesson of `experiments.benchmark_training`, with torchdeq's implicit differentiation."""
+def torch_learner(lesson: Lesson, tol: float, seed: int) -> Contender:
+    """As `our_learner`, with torchdeq's implicit differentiation."""
     ridge, threads = tune(layer_problem(lesson, seed), tol, ift=True)
     deq, device = make_deq(tol, ridge, ift=True), device_name()
     tensor = partial(torch.tensor, device=device)
@@ -232,7 +232,7 @@ def torch_learner(lesson: Lesson, tol: float, seed: int) -> Learner:
         full = order[: lesson.rows // batch * batch]
         return {"loss": float(np.mean([step(rows) for rows in full.split(batch)]))}
 
-    return Learner("torchdeq, implicit", epoch, settings=_settings(ridge, threads))
+    return Contender("torchdeq, implicit", epoch, settings=_settings(ridge, threads))
 
 
 def _thread_counts() -> list[int]:

@@ -13,8 +13,9 @@ import pytest
 from deq_fusion_jax.official import params_from_official
 from experiments import benchmark, benchmark_report
 from experiments.benchmark_problem import make_problem
-from experiments.benchmark_training import Learner, Lesson, our_learner, taught
-from experiments.contenders import Contender, picard_steps, unrolled
+from experiments.benchmark_timing import Contender, interleaved
+from experiments.benchmark_training import Lesson, our_learner, taught
+from experiments.contenders import picard_steps, unrolled
 from experiments.errors import InputError
 
 TOL = 1e-4
@@ -139,7 +140,7 @@ class TestTorch:
 def test_every_round_times_everyone_once_in_rotating_order():
     calls = []
     contenders = [Contender(name, step=partial(calls.append, name)) for name in "abc"]
-    seconds = benchmark.interleaved(contenders, rounds=4)
+    seconds = interleaved(contenders, rounds=4)
     assert "".join(calls) == "cab" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
@@ -154,7 +155,7 @@ class TestTraining:
             from experiments.contenders_torch import torch_learner
 
             learners.append(torch_learner(self.LESSON, 1e-4, 2))
-        taught = [[learner.epoch() for _ in range(4)] for learner in learners]
+        taught = [[learner.step() for _ in range(4)] for learner in learners]
         losses = np.array([[means["loss"] for means in epochs] for epochs in taught])
         assert (np.diff(losses) < 0).all()
         np.testing.assert_allclose(losses[1:], np.broadcast_to(losses[0], losses[1:].shape), 2e-3)
@@ -164,7 +165,7 @@ class TestTraining:
 
     def test_the_table(self):
         def learner(name, **means):
-            return Learner(name, epoch=lambda: {"loss": 0.25, **means}, settings=f"as {name}")
+            return Contender(name, step=lambda: {"loss": 0.25, **means}, settings=f"as {name}")
 
         solver = {
             "mean_steps": 7.0,
