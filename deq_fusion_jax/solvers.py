@@ -42,8 +42,9 @@ class Solver(Protocol):
 
 # A sample stalls when MIXED evaluations in a row leave its residual above PROGRESS × what it was.
 # Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress. Plain steps
-# that take the residual above ESCAPE × what it was diverge: mixing starts anew from there.
-PROGRESS, MIXED, PLAIN, ESCAPE = 0.9, 6, 42, 10
+# that take the residual above ESCAPE × what it was, and above FAR, diverge: mixing starts anew from
+# there. Below FAR they may be on their way over a hump, where mixing would only take them back.
+PROGRESS, MIXED, PLAIN, ESCAPE, FAR = 0.9, 6, 42, 10, 0.2
 
 
 class _State(NamedTuple):
@@ -165,7 +166,7 @@ def _progress(state: _State, residual: jax.Array) -> tuple[jax.Array, jax.Array]
     walks on. So a sample that stalls alternates between the two.
     """
     anew = residual < PROGRESS * state.milestone
-    anew |= _stalled(state.since) & (residual > ESCAPE * state.milestone)
+    anew |= _stalled(state.since) & (residual > jnp.maximum(ESCAPE * state.milestone, FAR))
     return jnp.where(anew, residual, state.milestone), jnp.where(anew, 0, state.since + 1)
 
 
@@ -308,7 +309,7 @@ class Anderson(_Configured):
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011, §2.
     """
 
-    history: int = 6
+    history: int = 5
     ridge: float = 1e-2
 
     def __post_init__(self):

@@ -272,6 +272,19 @@ def test_anderson_passes_a_minimum_of_the_residual():
     np.testing.assert_allclose(z, np.full((50, 1), root), rtol=1e-3)
 
 
+def test_anderson_crosses_a_hump_of_the_residual():
+    """From a minimum of 0.001 at z = 1 plain steps climb to 0.13 before they come down to z = 3."""
+
+    def f(z):
+        return z + 0.3 * (0.002 + (z - 1) ** 2) * (3 - z)
+
+    z, stats = solve(f, jnp.zeros((1, 1)), solver=Anderson(max_steps=200, trace=True))
+    assert stats.converged.all()
+    np.testing.assert_allclose(z, 3, rtol=1e-3)
+    trace = stats.trace[: stats.steps[0], 0]
+    assert trace[:20].min() < 1.3e-3 and trace[20:].max() > 0.1  # it was there, and came over
+
+
 # --- Broyden -----------------------------------------------------------------------------------
 
 
