@@ -14,7 +14,7 @@ from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
 from deq_fusion_jax.solvers import Anderson, Solver
-from deq_fusion_jax.stats import SolveStats, chained
+from deq_fusion_jax.stats import SolveStats, in_parts
 
 
 class FusionOutput(NamedTuple):
@@ -126,16 +126,17 @@ class DEQFusion(CellFusion):
         out = fusion.apply(variables, {"image": x_image, "text": x_text})
 
     The defaults are the paper's maps started so that the iteration converges for inputs of every
-    scale: gate_scale, residual_scale and lift; `DEQFusion.official` has the paper's own start.
+    scale: gate_scale, residual_scale and lift; `DEQFusion.official` is started as the paper's.
 
     Attributes:
       solver: of the fixed point; see `deq_fixed_point`.
       gradient: `Implicit`, `Phantom` or `Unrolled`.
-      schedule: "joint" iterates the whole cell. "staged" solves the same equations at less cost:
-        no z_i reads z_f, so the modalities come first, M·B problems of one solve, then z_f with
-        them at rest; implicit differentiation goes the same way backwards. `stats` then count a
-        sample's steps along that chain, see `chained`. Where there are several fixed points, the
-        two may find different ones, as two solvers may.
+      schedule: "joint" iterates the whole cell, as the paper does. "staged" solves the same
+        equations at less cost: no z_i reads z_f, so the modalities come first, then z_f with them
+        at rest; implicit differentiation goes the same way backwards. Each of the two has to reach
+        the tolerance by itself; for `stats` see `in_parts`, and an `Adjoint` has the larger of
+        their numbers as well. Where there are several fixed points, the two schedules may find
+        different ones, as two solvers may.
       features and the others: see `CellFusion`, and there for the call and its errors.
 
     Raises:
@@ -144,7 +145,12 @@ class DEQFusion(CellFusion):
 
     solver: Solver = Anderson(tol=1e-4, max_steps=50)
     gradient: GradientRule = Implicit()
-    schedule: str = "joint"
+    schedule: str = "staged"
+
+    @classmethod
+    def official(cls, features: int, **fields: Any) -> Self:
+        """The maps, the initialisation and the schedule of the paper's code."""
+        return super().official(features, **{"schedule": "joint", **fields})
 
     def iterate(
         self,
@@ -161,25 +167,34 @@ class DEQFusion(CellFusion):
             raise ValueError(f'schedule is {self.schedule!r}; expected "staged" or "joint".')
 
         step_modalities = as_map(cell, FusionCell.step_modalities)
-        names = cell.modalities
-
-        def stack(modalities: Modalities) -> jax.Array:  # one batch [M·B, …, d]
-            return jnp.concatenate([modalities[name] for name in names])
-
-        def unstack(z: jax.Array) -> Modalities:
-            return dict(zip(names, jnp.split(z, len(names)), strict=True))
-
-        def f(z: jax.Array, variables: Any, injection: Injection) -> jax.Array:
-            return stack(step_modalities(unstack(z), variables, injection))
-
-        first0 = second0 = None
-        if adjoint0 is not None:
-            seen = (adjoint0.steps, adjoint0.residual, adjoint0.failed)
-            first0 = Adjoint(stack(adjoint0.u.modalities), *(jnp.tile(x, len(names)) for x in seen))
-            second0 = Adjoint(adjoint0.u.fused, *seen)
-        z, first = solve(f, stack(z0.modalities), variables, injection, adjoint0=first0)
-        modalities = unstack(z)
-        held = cell.apply(variables, modalities, injection, method=FusionCell.held_gates)
         step_fused = as_map(cell, FusionCell.step_fused)
+        first0, second0 = (None, None) if adjoint0 is None else _parts(adjoint0)
+        modalities, first = solve(
+            step_modalities, z0.modalities, variables, injection, adjoint0=first0
+        )
+        held = cell.apply(variables, modalities, injection, method=FusionCell.held_gates)
         fused, second = solve(step_fused, z0.fused, variables, held, injection, adjoint0=second0)
-        return FusionState(modalities, fused), chained(first, second)
+        return FusionState(modalities, fused), in_parts(first, second)
+
+
+@jax.custom_vjp
+def _parts(adjoint0: Adjoint) -> tuple[Adjoint, Adjoint]:
+    """Where the backward solves of the modalities and of the fused state start."""
+    u, seen = adjoint0.u, (adjoint0.steps, adjoint0.residual, adjoint0.failed)
+    return Adjoint(u.modalities, *seen), Adjoint(u.fused, *seen)
+
+
+def _ended(_: None, parts: tuple[Adjoint, Adjoint]) -> tuple[Adjoint]:
+    """How they ended, with the larger of their numbers, where a gradient would have the sum."""
+    first, second = parts
+    return (
+        Adjoint(
+            FusionState(first.u, second.u),
+            jnp.maximum(first.steps, second.steps),
+            jnp.maximum(first.residual, second.residual),
+            jnp.maximum(first.failed, second.failed),
+        ),
+    )
+
+
+_parts.defvjp(lambda adjoint0: (_parts(adjoint0), None), _ended)

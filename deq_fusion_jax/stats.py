@@ -53,30 +53,19 @@ class SolveStats:
             raise ConvergenceError(message.format(**values))
 
 
-def chained(first: SolveStats, second: SolveStats) -> SolveStats:
-    """Statistics of a solve in two stages: M problems of every sample, then one that needs them.
+def in_parts(first: SolveStats, second: SolveStats) -> SolveStats:
+    """Statistics of a map that was solved in two parts, [B] each.
 
-    `first` is of M·B problems, [M, B] in row-major order, `second` of B. A sample's `steps` are
-    those of its slowest first problem plus the second's, its `residual` is the largest, and it has
-    `converged` if all have. `trace` has the largest residual of the first stage, step by step,
-    followed by the second stage's.
+    An evaluation of the map is one of each part, so a sample's `steps` are the larger of the two
+    counts. Its `residual` is the larger one as well, and it has `converged` if both parts have.
+    `trace` has the larger residual of the parts that were still going on.
     """
-    batch = len(second.steps)
-    steps, residual, converged = (
-        x.reshape(-1, batch) for x in (first.steps, first.residual, first.converged)
-    )
-    before = jnp.max(steps, axis=0)
     trace = None
     if first.trace is not None and second.trace is not None:
-        worst = jnp.nanmax(first.trace.reshape(len(first.trace), -1, batch), axis=1)
-        row = jnp.arange(2 * len(worst))[:, None]
-        padded = jnp.concatenate([worst, jnp.full_like(worst, jnp.nan)])
-        moved = jnp.take_along_axis(second.trace, (row - before) % len(worst), axis=0)
-        within = (row >= before) & (row < before + len(worst))
-        trace = jnp.where(within, moved, padded)
+        trace = jnp.fmax(first.trace, second.trace)
     return SolveStats(
-        before + second.steps,
-        jnp.maximum(jnp.max(residual, axis=0), second.residual),
-        jnp.all(converged, axis=0) & second.converged,
+        jnp.maximum(first.steps, second.steps),
+        jnp.maximum(first.residual, second.residual),
+        first.converged & second.converged,
         trace,
     )

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import checkify
 
 from deq_fusion_jax import Anderson, Picard, SolveStats, deq_fixed_point
-from deq_fusion_jax.stats import ConvergenceError, chained
+from deq_fusion_jax.stats import ConvergenceError, in_parts
 
 SLOPES = jnp.array([[0.1], [3.0], [0.5], [2.0]])  # two of four samples diverge
 
@@ -116,32 +116,26 @@ def test_residual_belongs_to_the_returned_state():
     np.testing.assert_allclose(stats.residual, residual, rtol=1e-3, atol=1e-7)
 
 
-def test_chained_stages():
-    """Three samples; before the last problem of each come two others."""
+def test_a_solve_in_two_parts():
     nan = np.nan
     first = SolveStats(
-        steps=jnp.array([2, 3, 1, 1, 2, 3]),
-        residual=jnp.array([0.1, 0.2, 0.1, 0.3, 0.1, 0.9]),
-        converged=jnp.array([True, True, True, True, True, False]),
-        trace=jnp.array(
-            [[5, 4, 0.1, 0.3, 8, 9], [0.1, 3, nan, nan, 0.1, 5], [nan, 0.2, nan, nan, nan, 0.9]]
-        ),
+        steps=jnp.array([2, 3, 1]),
+        residual=jnp.array([0.1, 0.2, 0.9]),
+        converged=jnp.array([True, True, False]),
+        trace=jnp.array([[5, 4, 0.9], [0.1, 3, nan], [nan, 0.2, nan]]),
     )
     second = SolveStats(
         steps=jnp.array([1, 3, 2]),
         residual=jnp.array([0.2, 0.4, 0.1]),
         converged=jnp.array([True, False, True]),
-        trace=jnp.array([[0.2, 7, 6], [nan, 6, 0.1], [nan, 0.4, nan]]),
+        trace=jnp.array([[0.2, 7, 6], [nan, 2, 0.1], [nan, 0.4, nan]]),
     )
-    whole = chained(first, second)
-    assert whole.steps.tolist() == [2 + 1, 3 + 3, 3 + 2]
-    np.testing.assert_array_equal(whole.residual, np.float32([0.3, 0.4, 0.9]))
+    whole = in_parts(first, second)
+    assert whole.steps.tolist() == [2, 3, 2]
+    np.testing.assert_array_equal(whole.residual, np.float32([0.2, 0.4, 0.9]))
     assert whole.converged.tolist() == [True, False, False]
     np.testing.assert_array_equal(
-        whole.trace.T,
-        np.float32(
-            [[5, 0.1, 0.2, nan, nan, nan], [8, 3, 0.2, 7, 6, 0.4], [9, 5, 0.9, 6, 0.1, nan]]
-        ),
+        whole.trace.T, np.float32([[5, 0.1, nan], [7, 3, 0.4], [6, 0.1, nan]])
     )
-    untraced = chained(first, SolveStats(second.steps, second.residual, second.converged))
+    untraced = in_parts(first, SolveStats(second.steps, second.residual, second.converged))
     assert untraced.trace is None
