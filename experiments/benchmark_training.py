@@ -17,7 +17,8 @@ from experiments.benchmark_problem import Problem, Shape, make_problem
 from experiments.benchmark_timing import Contender, timings
 from experiments.contenders import MAX_STEPS
 from experiments.datasets import Split
-from experiments.train import Prediction, Task, Variables, init_state, run_epochs
+from experiments.task import Prediction, Task, Variables
+from experiments.train import init_state, run_epochs
 
 RATE = 1e-4  # of Adam
 CLASSES = 2

@@ -29,7 +29,8 @@ from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.errors import exit_cleanly
 from experiments.evaluate import Results, frequent_labels_floor, multilabel_metrics
 from experiments.run import Job, execute
-from experiments.train import Prediction, Schedule, Task
+from experiments.task import Prediction, Task
+from experiments.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

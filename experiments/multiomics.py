@@ -31,7 +31,8 @@ from experiments.datasets.preprocess import carve_validation, min_max
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Metrics, Results, binary_metrics, multiclass_metrics
 from experiments.run import Job, execute
-from experiments.train import Prediction, Schedule, Task
+from experiments.task import Prediction, Task
+from experiments.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

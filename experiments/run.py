@@ -36,7 +36,8 @@ from experiments.report import (
     write_json,
     write_text,
 )
-from experiments.train import Evaluation, Fitted, Schedule, Task, evaluate, fit
+from experiments.task import Evaluation, Task, evaluate
+from experiments.train import Fitted, Schedule, fit
 from experiments.warm import free_bytes, needed_bytes
 
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step

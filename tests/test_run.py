@@ -23,7 +23,8 @@ from experiments.datasets import Dataset, Split
 from experiments.errors import InputError
 from experiments.evaluate import Results, multiclass_metrics
 from experiments.run import Job, execute
-from experiments.train import Prediction, Schedule, Task
+from experiments.task import Prediction, Task
+from experiments.train import Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,18 +23,8 @@ from experiments.config import build_fusion
 from experiments.datasets import Split
 from experiments.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
-from experiments.train import (
-    Prediction,
-    Schedule,
-    Task,
-    TrainState,
-    Variables,
-    evaluate,
-    fit,
-    init_state,
-    run_epochs,
-    train_step,
-)
+from experiments.task import Prediction, Task, Variables, evaluate
+from experiments.train import Schedule, TrainState, fit, init_state, run_epochs, train_step
 from experiments.warm import needed_bytes
 
 
