@@ -3,11 +3,11 @@
     python -m experiments.benchmark            (about half an hour on two cores)
     python -m experiments.benchmark --quick    (a few minutes)
 
-Four parts. `layer`: our two schedules, jaxopt, optimistix, torchdeq, the unrolled iteration and
+Five parts. `layer`: our two schedules, jaxopt, optimistix, torchdeq, the unrolled iteration and
 the floor, on the same weights, inputs and map, and what each of them reached. `training`: a step of
 training on the shapes of ROSMAP and MM-IMDB, ours with and without warm starts, and torchdeq.
-`depth`: memory and time against the number of steps. `scaling`: cost against batch, channels,
-modalities, tolerance.
+`profile`: where the time of a solver's step goes. `depth`: memory and time against the number of
+steps. `scaling`: cost against batch, channels, modalities, tolerance.
 Contenders are interleaved: every round times each of them once, in rotating order.
 
 Writes `benchmark.json`, `benchmark.md`, `figures/` and `summary.md`, the tables without their
@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
 from experiments.benchmark_figures import figures
-from experiments.benchmark_problem import Problem, Shape, make_problem, norm, reaches
+from experiments.benchmark_problem import EPSILON, Problem, Shape, make_problem, norm, reaches
+from experiments.benchmark_profile import profiled
 from experiments.benchmark_report import fits, tables
 from experiments.benchmark_timing import Contender, timings
 from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
@@ -43,8 +43,6 @@ from experiments.cli import parse
 from experiments.contenders import floor, jax_contenders, ours, unrolled
 from experiments.errors import InputError, exit_cleanly
 from experiments.report import config_to_dict, versions, write_json, write_text
-
-EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 Row = dict[str, Any]
 Case = Callable[[], list[Row]]
@@ -56,8 +54,8 @@ class Config:
 
     Attributes:
       part: what to measure.
-      shapes: batch, channels and modalities of the layers of the part "layer".
-      tolerances: relative residuals at which its contenders stop.
+      shapes: batch, channels and modalities of the layers of the parts "layer" and "profile".
+      tolerances: relative residuals at which the contenders of "layer" stop.
       rounds: how often everything is timed.
       quick: only the smallest shape, at most 3 rounds, and the beginning of every range.
       seed: of weights and inputs. With 0, plain iteration settles for all samples of the shapes
@@ -65,7 +63,7 @@ class Config:
       run_dir: where to write.
     """
 
-    part: tuple[str, ...] = ("layer", "training", "depth", "scaling")
+    part: tuple[str, ...] = ("layer", "training", "profile", "depth", "scaling")
     shapes: tuple[Shape, ...] = ((64, 64, 2), (128, 256, 2), (128, 512, 2), (32, 500, 3))
     tolerances: tuple[float, ...] = (1e-3, 1e-5)
     rounds: int = 15
@@ -141,6 +139,15 @@ def training(config: Config) -> list[Case]:
     ]
 
 
+def profile(config: Config) -> list[Case]:
+    """What a step of the solver consists of, on every shape."""
+
+    def case(shape: Shape) -> list[Row]:
+        return profiled(make_problem(shape, config.seed), config.rounds)
+
+    return [partial(case, shape) for shape in config.shapes]
+
+
 def depth(config: Config) -> list[Case]:
     """Ours, unrolled, and unrolled with checkpoints, against the number of steps."""
     shape = config.shapes[0] if config.quick else (128, 256, 2)
@@ -188,6 +195,7 @@ def beginning(config: Config, values: list[Any]) -> list[Any]:
 PARTS: dict[str, Callable[[Config], list[Case]]] = {
     "layer": layer,
     "training": training,
+    "profile": profile,
     "depth": depth,
     "scaling": scaling,
 }

@@ -16,6 +16,8 @@ from deq_fusion_jax.injection import Inject
 from deq_fusion_jax.state import PyTree
 from experiments.errors import InputError
 
+EPSILON = float(jnp.finfo(jnp.float32).eps)
+
 Shape = tuple[int, int, int]  # batch, channels, modalities
 Equilibrium = Callable[[PyTree, PyTree], tuple[FusionState, Any]]  # (params, inputs) → z*, aux
 

@@ -6,11 +6,8 @@ whole is. Their tolerance is absolute, so they are told ‖z*‖.
 """
 
 import dataclasses
-import itertools
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_fusion_jax import Anderson, DEQFusion, FusionState, SolveStats
+from deq_fusion_jax import Adjoint, Anderson, DEQFusion, FusionState
 from deq_fusion_jax.baselines import WeightTied
 from deq_fusion_jax.state import PyTree
 from experiments.benchmark_problem import Equilibrium, Outcome, Problem, norm, through
@@ -44,7 +41,7 @@ def jax_contenders(problem: Problem, tol: float) -> list[Contender]:
     ]
 
 
-def _compiled(name: str, function: Any, *arguments: PyTree, **fields: Any) -> Contender:
+def compiled(name: str, function: Any, *arguments: PyTree, **fields: Any) -> Contender:
     """A jitted function of these arguments as a contender; `fields` are the other attributes."""
     arguments = jax.device_put(arguments)
     start = time.perf_counter()
@@ -69,7 +66,7 @@ def _differentiated(
         return Outcome(z, gradient)
 
     function = problem.value_and_grad(equilibrium)
-    contender = _compiled(name, function, problem.params, problem.inputs, read=read, **fields)
+    contender = compiled(name, function, problem.params, problem.inputs, read=read, **fields)
     (_, (_, steps)), _ = contender.step()
     return dataclasses.replace(contender, forward=int(steps))
 
@@ -92,32 +89,15 @@ def _layer(name: str, problem: Problem, layer: nn.Module, **fields: Any) -> Cont
     return _differentiated(name, problem, most, **fields)
 
 
-@dataclass(frozen=True)
-class _Counted(Anderson):
-    """Notes the steps of its solves, {which one was traced: steps}."""
-
-    noted: dict[int, int] = field(default_factory=dict, compare=False)
-    traced: Iterator[int] = field(default_factory=itertools.count, compare=False)
-
-    def solve(self, f: Any, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
-        z, stats = super().solve(f, z0, *args)
-        place = next(self.traced)
-
-        def note(steps: jax.Array) -> None:
-            self.noted[place] = int(steps)
-
-        jax.debug.callback(note, jnp.max(stats.steps))
-        return z, stats
-
-
 def _adjoint_evaluations(problem: Problem, layer: Any) -> int:
-    """Of the slowest sample, summed over the adjoint solves of one backward pass."""
-    solver = _Counted(tol=layer.solver.tol, max_steps=layer.solver.max_steps)
-    _layer("counted", problem, layer.clone(solver=solver))
-    jax.effects_barrier()
-    # Each solve has its adjoint, and those are traced, and run, after all of them.
-    steps = [solver.noted[place] for place in sorted(solver.noted)]
-    return sum(steps[len(steps) // 2 :])
+    """Of the slowest sample."""
+
+    def loss(adjoint0: Adjoint) -> jax.Array:
+        out = layer.apply({"params": problem.params}, problem.inputs, adjoint0=adjoint0)
+        return jnp.sum(out.fused * problem.c)
+
+    ended = jax.jit(jax.grad(loss))(Adjoint.zeros(problem.start))
+    return int(jnp.max(ended.steps))
 
 
 # --- other libraries -------------------------------------------------------------------------
@@ -205,13 +185,17 @@ def picard_steps(problem: Problem, tol: float) -> int:
 
 
 def floor(problem: Problem, evaluations: int) -> Contender:
-    """(3M + 1) products [B, d] × [d, d] for each of so many evaluations, one after the other.
+    """The products of the maps as the paper writes them, with a gate per modality: 3M + 1.
 
-    These are the products of the maps as the paper writes them, with a gate per modality. Ours are
-    fewer, 2M + 2: one product serves all gates.
+    Ours are fewer, 2M + 2: one product serves all gates.
     """
-    _, features, modalities = problem.shape
-    keys = jax.random.split(jax.random.key(0), 3 * modalities + 1)
+    return products("floor", problem, evaluations, 3 * problem.shape[2] + 1)
+
+
+def products(name: str, problem: Problem, evaluations: int, each: int) -> Contender:
+    """`each` products [B, d] × [d, d] for each of so many evaluations, one after the other."""
+    features = problem.shape[1]
+    keys = jax.random.split(jax.random.key(0), each)
     weights = [jax.random.normal(key, (features, features)) / features**0.5 for key in keys]
 
     def evaluation(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
@@ -220,7 +204,7 @@ def floor(problem: Problem, evaluations: int) -> Contender:
         return x
 
     @jax.jit
-    def products(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    def loop(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
         return jax.lax.fori_loop(0, evaluations, lambda _, x: evaluation(x, weights), x)
 
-    return _compiled("floor", products, problem.c, weights)
+    return compiled(name, loop, problem.c, weights)

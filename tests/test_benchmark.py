@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax.official import params_from_official
-from experiments import benchmark, benchmark_report
+from experiments import benchmark, benchmark_report, benchmark_spread
 from experiments.benchmark_problem import make_problem
+from experiments.benchmark_profile import STEPS, profiled, programs
 from experiments.benchmark_timing import Contender, interleaved
 from experiments.benchmark_training import Lesson, our_learner, taught
 from experiments.contenders import picard_steps, unrolled
@@ -182,6 +183,64 @@ class TestTraining:
         assert "Settings: ours: as ours; theirs: as theirs." in text
 
 
+class TestProfile:
+    def test_every_program_takes_its_steps(self):
+        problem = make_problem((4, 32, 2), 0)
+        z = {program.name: program.step() for program in programs(problem)}
+        plain, accelerated = z["plain step"], z["accelerated step"]
+        assert plain[1].steps.tolist() == accelerated[1].steps.tolist() == [STEPS] * 4
+        # The solver returns the last state that it measured, which is one evaluation before.
+        image = problem.f(plain[0], *problem.arguments(problem.params, problem.inputs))
+        np.testing.assert_allclose(image.fused, z["f"].fused, rtol=1e-4, atol=1e-5)
+        # The adjoint of z_f reaches the modalities.
+        assert all(0 < benchmark.norm(u) < np.inf for u in z["backward"].modalities.values())
+
+    def test_the_table(self):
+        rows = profiled(make_problem((4, 32, 2), 0), rounds=2)
+        assert all(len(row["seconds"]) == 2 for row in rows)
+        text = "\n".join(benchmark_report.profile_tables(rows))
+        assert re.search(r"\| accelerated step \| +0\.\d\d \(100%\) \|", text)
+        assert text.count("\n| ") == 2 + 5
+
+
+class TestSpread:
+    def row(self, name, ratio, **fields):
+        row = {"contender": name, "shape": [8, 64, 2], "tolerance": 1e-3, "ratio": ratio}
+        return row | {"reached": True} | fields
+
+    def run(self, jaxopt, theirs, floor):
+        layer = [self.row("ours, joint", 1.0), self.row("jaxopt", jaxopt)]
+        layer += [self.row("torchdeq, implicit", theirs), self.row("floor", floor)]
+        lesson = {"name": "ROSMAP", "dropout": 0.0}
+        training = [{**lesson, "contender": "torchdeq, implicit", "ratio": 2 * theirs}]
+        return {"layer": layer, "training": training}
+
+    def test_every_ratio_of_every_run(self):
+        text = benchmark_spread.spread([self.run(1.5, 4.0, 0.5), self.run(1.25, 1.125, 0.4)])
+        layer = r"8×64, M = 2, tolerance 0.001 \| +1.50 1.12 \| +4.00 1.12 \| +2.00 2.50 \|"
+        assert re.search(layer, text), text
+        assert re.search(r"training, ROSMAP, dropout 0 +\| +– \| +8.00 2.25 \| +– \|", text), text
+
+    def test_command(self, tmp_path, run_command):
+        def write(name, results):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "benchmark.json").write_text(json.dumps(results), encoding="utf-8")
+            return tmp_path / name
+
+        one, other = (write(str(i), self.run(1.5, 4.0, 0.5)) for i in range(2))
+        status, out, _ = run_command(benchmark_spread.main, one, other)
+        assert status == 0 and "4.00 4.00" in out
+        assert "| 4.00 4.00" in (one / "spread.md").read_text(encoding="utf-8").replace("  ", "")
+        different = write("different", {"depth": []})
+        for folders, complaint in [
+            ([], "no runs: give the folders"),
+            ([one, different], "the runs share no shapes"),
+            ([tmp_path / "none"], "no benchmark.json to read there"),
+        ]:
+            status, _, err = run_command(benchmark_spread.main, *folders)
+            assert status == 2 and complaint in err and "Traceback" not in err
+
+
 class TestScaling:
     def test_exponents_of_a_power_law(self):
         x = np.array([16.0, 32.0, 64.0, 128.0])
@@ -282,7 +341,9 @@ class TestCommand:
         assert len(benchmark.scaling(benchmark.Config())) == 9 + 6 + 3 + 6
 
     def test_what_cannot_be_used(self, refuses, tmp_path):
-        refuses("--part speed: choose from layer, training, depth, scaling", "--part", "speed")
+        refuses(
+            "--part speed: choose from layer, training, profile, depth, scaling", "--part", "speed"
+        )
         refuses("--rounds 0: at least 1", "--rounds", 0)
         refuses("--shapes 8 63 2: expected", "--shapes", 8, 63, 2)
         refuses("--shapes 0 64 2: expected", "--shapes", 64, 64, 2, 0, 64, 2)
