@@ -10,6 +10,7 @@ from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from deq_fusion_jax import Adjoint, DEQFusion, FusionCell, FusionState, Picard
+from deq_fusion_jax.cell import ModalityBlock
 from deq_fusion_jax.injection import Inject, Injection, lift_scale, presence
 
 D = 64
@@ -384,6 +385,23 @@ def test_staged_is_joint(widths, inner, x64):
     scales = jax.tree.map(lambda want: jnp.abs(want).max(), results[0])
     worst = jax.tree.map(lambda error, scale: error <= 1e-10 * (scale + 1), errors, scales)
     assert all(jax.tree.leaves(worst)), errors
+
+
+@pytest.mark.parametrize("schedule", ["joint", "staged"])
+def test_a_gradient_traces_every_map_once(schedule, monkeypatch):
+    """Not again for the solver's loop, the linearisation or the adjoint."""
+    traced = []
+    call = ModalityBlock.__call__
+
+    def noted(self, *inputs):
+        traced.append(self.name)
+        return call(self, *inputs)
+
+    x, layer = features(), LAYER.clone(schedule=schedule)
+    start = variables()
+    monkeypatch.setattr(ModalityBlock, "__call__", noted)
+    jax.jit(jax.grad(lambda v: jnp.sum(layer.apply(v, x).fused))).lower(start)
+    assert sorted(traced) == ["blocks_a", "blocks_b"]
 
 
 def test_an_unknown_schedule_is_an_error():
