@@ -60,23 +60,27 @@ def spread(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["# Spread", "", about, "", markdown_table(lines, width=120)]) + "\n"
 
 
-def load(run_dir: str) -> dict[str, Any]:
+def parse_args(args: Sequence[str]) -> list[Path]:
+    """The run directories."""
+    if not args or (options := [word for word in args if word.startswith("-")]):
+        given = " ".join(options) if args else "no runs"
+        raise InputError(f"{given}: give the folders that experiments.benchmark wrote")
+    return [Path(word) for word in args]
+
+
+def load(run_dir: Path) -> dict[str, Any]:
+    """What `experiments.benchmark` wrote there."""
     try:
-        text = (Path(run_dir) / "benchmark.json").read_text(encoding="utf-8")
-        return json.loads(text)
+        return json.loads((run_dir / "benchmark.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{run_dir}: no benchmark.json to read there; give a run's folder"
-        ) from error
+        raise InputError(f"{run_dir}: no benchmark.json to read there; give a run's folder") from error
 
 
 @exit_cleanly()
 def main() -> None:
-    folders = sys.argv[1:]
-    if not folders:
-        raise InputError("no runs: give the folders that experiments.benchmark wrote")
+    folders = parse_args(sys.argv[1:])
     text = spread([load(folder) for folder in folders])
-    write_text(Path(folders[0]) / "spread.md", text)
+    write_text(folders[0] / "spread.md", text)
     Console().print(Markdown(text))
 
 

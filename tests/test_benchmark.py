@@ -234,6 +234,7 @@ class TestSpread:
         different = write("different", {"depth": []})
         for folders, complaint in [
             ([], "no runs: give the folders"),
+            (["--runs", one], "--runs: give the folders"),
             ([one, different], "the runs share no shapes"),
             ([tmp_path / "none"], "no benchmark.json to read there"),
         ]:
