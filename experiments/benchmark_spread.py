@@ -73,7 +73,7 @@ def load(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads((run_dir / "benchmark.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir}: no benchmark.json to read there; give a run's folder") from error
+        raise InputError(f"{run_dir}: no benchmark.json there; give a run's folder") from error
 
 
 @exit_cleanly()

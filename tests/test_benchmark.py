@@ -236,7 +236,7 @@ class TestSpread:
             ([], "no runs: give the folders"),
             (["--runs", one], "--runs: give the folders"),
             ([one, different], "the runs share no shapes"),
-            ([tmp_path / "none"], "no benchmark.json to read there"),
+            ([tmp_path / "none"], "no benchmark.json there"),
         ]:
             status, _, err = run_command(benchmark_spread.main, *folders)
             assert status == 2 and complaint in err and "Traceback" not in err
