@@ -148,7 +148,8 @@ def test_official_is_the_papers_start():
     ours = DEQFusion(features=64, groups=8, dropout=0.1)
     assert (ours.gate_scale, ours.residual_scale, ours.lift) == (0.25, 0.25, 2)
     # The two differ in nothing else.
-    assert layer == ours.clone(gate_scale=1.0, residual_scale=1.0, lift=0.0)
+    paper = {"gate_scale": 1.0, "residual_scale": 1.0, "lift": 0.0, "schedule": "joint"}
+    assert layer == ours.clone(**paper)
 
     inputs = {"a": jnp.ones((1, 64)), "b": jnp.ones((1, 64))}
     start = jax.jit(layer.init)(jax.random.key(0), inputs)["params"]["cell"]
