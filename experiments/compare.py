@@ -2,6 +2,7 @@
 
     python -m experiments.compare mmimdb --fusions deq concat sum text image --seeds 5
     python -m experiments.compare multiomics --fusions deq concat --seeds 5 --data-dir DIR
+    python -m experiments.compare features data.npz --fusions deq concat --seeds 5
 
 Every run gets a directory of its own below the comparison's, which holds `compare.json` (the rows
 of `results.json`, and mean and standard deviation over the seeds) and `compare.md`. Runs that are
@@ -27,7 +28,7 @@ from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_rows
 from experiments.report import comparison_table, write_json, write_text
 
-EXPERIMENTS = ("mmimdb", "multiomics")
+EXPERIMENTS = ("mmimdb", "multiomics", "features")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +79,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     """Runs what is missing and returns all rows."""
     experiment = importlib.import_module(f"experiments.{options.experiment}")
     base: CommonConfig = experiment.parse_args(rest)
-    choices = {*FUSIONS, *experiment.MODALITIES}
+    choices = {*FUSIONS, *experiment.modalities(base)}
     if unknown := [name for name in options.fusions if name not in choices]:
         raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")
     folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")

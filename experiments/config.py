@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,8 +23,6 @@ class CommonConfig:
     """The options that every experiment has.
 
     Attributes:
-      data_dir: folder of the real data; None: the experiment says what it does then.
-      cache_dir: where prepared data are kept; by default ~/.cache/deq_fusion_jax.
       fusion: deq, weight_tied, concat, sum, gmu, lmf, attention, or the name of one modality.
       seed: of the initial weights, the order of the rows, dropout and the validation rows.
       epochs: passes over the training rows, at most.
@@ -38,8 +36,8 @@ class CommonConfig:
         features hardly change between epochs, that is without dropout before the fusion (deq).
     """
 
-    data_dir: Path | None = None
-    cache_dir: Path | None = None
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()  # options that are given without their names
+
     fusion: str = "deq"
     seed: int = 0
     epochs: int = 100
@@ -59,6 +57,21 @@ class CommonConfig:
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         weight = self.jacobian_weight
         require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig(CommonConfig):
+    """The options of an experiment on published data.
+
+    Attributes:
+      data_dir: folder of the real data; None: the experiment says what it does then.
+      cache_dir: where prepared data are kept; by default ~/.cache/deq_fusion_jax.
+      download: fetch the data first.
+    """
+
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    download: bool = False
 
 
 def require(usable: bool, option: str, given: Any, expected: str) -> None:
@@ -162,12 +175,15 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
 
 def command_line(experiment: str, config: CommonConfig) -> str:
     """The command line that repeats the run."""
-    words = ["python", "-m", f"experiments.{experiment}"]
+    named: list[str] = []
+    unnamed: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in ("resume", "run_dir") or value is None or value is False:
             continue
-        option = field.name.replace("_", "-")
-        parts = value if isinstance(value, tuple) else (value,)
-        words += [f"--{option}", *(() if value is True else map(str, parts))]
-    return shlex.join(words)
+        words = () if value is True else map(str, value if isinstance(value, tuple) else (value,))
+        if field.name in config.POSITIONAL:
+            unnamed += words
+        else:
+            named += [f"--{field.name.replace('_', '-')}", *words]
+    return shlex.join(["python", "-m", f"experiments.{experiment}", *unnamed, *named])

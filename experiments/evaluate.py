@@ -13,7 +13,14 @@ from typing import Any, Literal, TypedDict, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+    root_mean_squared_error,
+)
 
 from experiments.errors import InputError
 
@@ -121,6 +128,26 @@ def multiclass_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
         "accuracy": float(accuracy_score(labels, predicted)),
         "weighted_f1": float(f1_score(labels, predicted, average="weighted", zero_division=0)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def regression_metrics(labels: ArrayLike, predictions: ArrayLike) -> Metrics:
+    """Mean absolute and root mean squared error, R² and Pearson correlation; both [N] floats.
+
+    R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)². It and the correlation are NaN where they are 0 / 0.
+    """
+    labels, predictions = np.asarray(labels, float), np.asarray(predictions, float)
+    if labels.ndim != 1 or labels.shape != predictions.shape or not labels.size:
+        raise ValueError(
+            f"labels {labels.shape} and predictions {predictions.shape}: expected [N] for both"
+        )
+    varied = len(labels) > 1 and np.ptp(labels) > 0
+    both = varied and np.ptp(predictions) > 0
+    return {
+        "mae": float(mean_absolute_error(labels, predictions)),
+        "rmse": float(root_mean_squared_error(labels, predictions)),
+        "r2": float(r2_score(labels, predictions)) if varied else float("nan"),
+        "pearson": float(np.corrcoef(labels, predictions)[0, 1]) if both else float("nan"),
     }
 
 

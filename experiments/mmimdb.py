@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion, require
+from experiments.config import PublishedConfig, build_fusion, require
 from experiments.datasets import Dataset, Split, mmimdb
 from experiments.datasets.text import build_vocabulary, encode
 from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
@@ -34,7 +34,7 @@ from experiments.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonConfig):
+class Config(PublishedConfig):
     """Genres of movies from plot and poster; without --data-dir, a built-in synthetic sample.
 
     The defaults are those of the paper's code; the sample has smaller ones, see `SAMPLE`.
@@ -44,7 +44,6 @@ class Config(CommonConfig):
       variant: features or raw, where data_dir has both.
       features_npz: precomputed features (BERT, ResNet, …) in place of the data's own, matched by
         "ids"; arrays "text" and/or "image" [N, d].
-      download: fetch the data from archive.org first.
       hidden: width of the first maxout layer of the text and of the image encoder.
       dropout: rate in the encoders.
       batch_size: rows a step.
@@ -59,7 +58,6 @@ class Config(CommonConfig):
     epochs: int = 100
     variant: Literal["features", "raw"] | None = None
     features_npz: Path | None = None
-    download: bool = False
     hidden: tuple[int, int] = (512, 1024)
     dropout: float = 0.3
     batch_size: int = 256
@@ -96,7 +94,8 @@ def parse_args(args: Sequence[str]) -> Config:
     return parse(Config(), args, program) if real else config
 
 
-MODALITIES = ("text", "image")
+def modalities(config: Config) -> tuple[str, ...]:
+    return ("text", "image")
 
 
 class MMIMDBModel(nn.Module):

@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion, require
+from experiments.config import PublishedConfig, build_fusion, require
 from experiments.datasets import Dataset, Split, multiomics
 from experiments.datasets.preprocess import carve_validation, min_max
 from experiments.errors import InputError, exit_cleanly
@@ -36,13 +36,12 @@ from experiments.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(CommonConfig):
+class Config(PublishedConfig):
     """A diagnosis from three omics.
 
     Attributes:
       epochs: optimiser steps on the whole training set.
       dataset: rosmap (Alzheimer's disease, 2 classes) or brca (breast cancer, 5 subtypes).
-      download: fetch the data first.
       dropout: rate in the encoders.
       learning_rate: of Adam.
       weight_decay: added to the gradient (L2).
@@ -53,7 +52,6 @@ class Config(CommonConfig):
 
     epochs: int = 300
     dataset: Literal["rosmap", "brca"] = "rosmap"
-    download: bool = False
     features: int = 300
     dropout: float = 0.5
     learning_rate: float = 1e-4
@@ -74,7 +72,8 @@ class Config(CommonConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
-MODALITIES = multiomics.MODALITIES
+def modalities(config: Config) -> tuple[str, ...]:
+    return multiomics.MODALITIES
 
 
 def parse_args(args: Sequence[str]) -> Config:

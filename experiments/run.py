@@ -102,7 +102,9 @@ def execute(job: Job, config: CommonConfig) -> Results:
         parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
         seconds=fitted.history[-1]["seconds"],
     )
-    per_class = per_class_f1(job.dataset.test.labels, on_test.probabilities, job.dataset.classes)
+    per_class = None
+    if classes := job.dataset.classes:
+        per_class = per_class_f1(job.dataset.test.labels, on_test.probabilities, classes)
     write_json(run_dir / "results.json", results)
     drawn = draw(run_dir / "figures", job, fitted, on_test)
     text = report_markdown(

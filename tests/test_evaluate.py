@@ -12,6 +12,7 @@ from experiments.evaluate import (
     multiclass_metrics,
     multilabel_metrics,
     per_class_f1,
+    regression_metrics,
 )
 
 
@@ -148,3 +149,27 @@ def test_multiclass_metrics_follow_their_formulas(seed):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regression_metrics_follow_their_formulas(seed):
+    rng = np.random.default_rng(seed)
+    y = rng.standard_normal(30)
+    p = y + rng.standard_normal(30)
+    centred, guess = y - y.mean(), p - p.mean()
+    expected = {
+        "mae": np.abs(y - p).mean(),
+        "rmse": np.sqrt(np.mean((y - p) ** 2)),
+        "r2": 1 - np.sum((y - p) ** 2) / np.sum(centred**2),
+        "pearson": centred @ guess / np.sqrt(centred @ centred * (guess @ guess)),
+    }
+    assert regression_metrics(y, p) == pytest.approx(expected)
+
+
+def test_regression_metrics_without_variation():
+    flat = regression_metrics(np.ones(4), np.arange(4.0))
+    assert math.isnan(flat["r2"]) and math.isnan(flat["pearson"]) and flat["mae"] == 1
+    constant = regression_metrics(np.arange(4.0), np.full(4, 1.5))
+    assert constant["r2"] == 0 and math.isnan(constant["pearson"])
+    with pytest.raises(ValueError, match="expected"):
+        regression_metrics(np.ones(4), np.ones((4, 1)))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from experiments import mmimdb, multiomics
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion, command_line, open_run
+from experiments.config import CommonConfig, PublishedConfig, build_fusion, command_line, open_run
 from experiments.datasets import Dataset, Split
 from experiments.errors import InputError
 from experiments.evaluate import Results, multiclass_metrics
@@ -65,7 +65,7 @@ class Run:
 
     def __init__(self, run_dir, fusion):
         self.run_dir = run_dir
-        self.config = CommonConfig(
+        self.config = PublishedConfig(
             fusion=fusion, features=8, epochs=2, seed=5, run_dir=run_dir, max_steps=30
         )
         model = Model(build_fusion(self.config, ("a", "b")))
