@@ -12,13 +12,13 @@ header. A row of a modality that is all NaN is missing as well; single NaNs are 
 the mean of the training rows, see ``preprocess.standardise``.
 """
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from experiments.datasets.npz import read_npz
 from experiments.errors import InputError
 
 Kind = Literal["multiclass", "multilabel", "regression"]
@@ -86,24 +86,13 @@ def _called(paths: Sequence[Path]) -> str:
 
 def _read_files(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     if len(paths) == 1 and paths[0].suffix == ".npz":
-        return _read_npz(paths[0])
+        return read_npz(paths[0])
     if wrong := [path for path in paths if path.suffix != ".csv"]:
         raise InputError(f"{wrong[0]}: expected one .npz file, or a .csv file per modality")
     names = [path.stem for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"two files are called {min(twice)}.csv; a file is named by its modality")
     return {path.stem: _read_csv(path) for path in paths}
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} cannot be read as an .npz file of plain arrays ({error}); "
-            "write it with np.savez, without object arrays"
-        ) from error
 
 
 def _read_csv(path: Path) -> np.ndarray:

@@ -5,12 +5,12 @@ An .npz file with ``ids`` (N strings) and ``text`` [N, d] or ``image`` [N, d] or
     np.savez("features.npz", ids=np.array(["0012349", …]), text=text)
 """
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments.datasets.npz import read_npz
 from experiments.errors import InputError
 
 MODALITIES = ("text", "image")
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 def read_features(path: Path) -> Features:
     """Read and check an .npz file of the form above."""
-    content = _read_npz(path)
+    content = read_npz(path)
     found = ", ".join(content) or "nothing"
     if "ids" not in content or not set(MODALITIES) & set(content):
         raise InputError(f"{path} holds {found}; expected ids and text, image or both")
@@ -53,17 +53,6 @@ def read_features(path: Path) -> Features:
         raise InputError(f"{path}: ids has {len(names)} entries, only {len(set(names))} different")
     arrays = {key: _checked(path, key, values, names) for key, values in content.items()}
     return Features(path, {name: row for row, name in enumerate(names)}, arrays)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} cannot be read as an .npz file of plain arrays ({error}); "
-            "write it with np.savez, ids as fixed-width strings"
-        ) from error
 
 
 def _checked(path: Path, key: str, values: np.ndarray, names: list[str]) -> np.ndarray:
