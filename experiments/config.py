@@ -34,6 +34,9 @@ class CommonConfig:
       max_steps: solver steps, at most (deq).
       warm_start: start the solves of a training row where its last ones ended; pays where a row's
         features hardly change between epochs, that is without dropout before the fusion (deq).
+      dropout: rate in the encoders.
+      learning_rate, weight_decay: of the optimiser.
+      patience: evaluations without a better validation score before training stops.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()  # options that are given without their names
@@ -48,6 +51,10 @@ class CommonConfig:
     tol: float = 1e-3
     max_steps: int = 100
     warm_start: bool = False
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    patience: int = 15
 
     def __post_init__(self) -> None:
         eps = float(jnp.finfo(jnp.float32).eps)
@@ -57,6 +64,11 @@ class CommonConfig:
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         weight = self.jacobian_weight
         require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
+        rate, decay = self.learning_rate, self.weight_decay
+        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
+        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
+        require(self.patience >= 1, "patience", self.patience, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from experiments.evaluate import (
     regression_metrics,
 )
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task
+from experiments.task import Prediction, Task, sigmoid, softmax
 from experiments.train import Schedule
 
 
@@ -47,11 +47,7 @@ class Config(CommonConfig):
     Attributes:
       data: an .npz file with a key per modality and "labels", or .csv files called after them.
       hidden: width of the encoders' hidden layer.
-      dropout: rate in the encoders.
       batch_size: rows a step.
-      learning_rate: of AdamW.
-      weight_decay: of AdamW.
-      patience: epochs without a better validation score before training stops.
     """
 
     POSITIONAL: ClassVar = ("data",)
@@ -59,19 +55,11 @@ class Config(CommonConfig):
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
     features: int = 64
     hidden: int = 128
-    dropout: float = 0.3
     batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    patience: int = 15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
-        rate, decay = self.learning_rate, self.weight_decay
-        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
-        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
-        for name in ("hidden", "batch_size", "patience"):
+        for name in ("hidden", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
@@ -180,14 +168,6 @@ def regression(dataset: Dataset) -> Target:
 
     scores = regression_metrics(dataset.test.labels, np.full_like(dataset.test.labels, mean))
     return Target(1, loss, regression_metrics, values, "r2", ("the mean", scores))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(logits))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.sigmoid(logits))
 
 
 TARGETS: dict[Kind, Callable[[Dataset], Target]] = {

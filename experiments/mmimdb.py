@@ -29,7 +29,7 @@ from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.errors import exit_cleanly
 from experiments.evaluate import Results, frequent_labels_floor, multilabel_metrics
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task
+from experiments.task import Prediction, Task, sigmoid
 from experiments.train import Schedule
 
 
@@ -70,12 +70,9 @@ class Config(PublishedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
-        rate, decay = self.learning_rate, self.weight_decay
-        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
-        require(0 <= self.fusion_rate < float("inf"), "fusion_rate", self.fusion_rate, "0 or more")
-        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
-        for name in ("batch_size", "patience", "plot_length"):
+        rate = self.fusion_rate
+        require(0 <= rate < float("inf"), "fusion_rate", rate, "0 or more")
+        for name in ("batch_size", "plot_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(min(self.hidden) >= 1, "hidden", self.hidden, "1 or more")
         require(self.vocabulary >= 3, "vocabulary", self.vocabulary, "3 or more")
@@ -117,10 +114,6 @@ class MMIMDBModel(nn.Module):
 def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
     """Mean binary cross-entropy over rows and genres."""
     return optax.sigmoid_binary_cross_entropy(prediction.logits, labels).mean()
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.sigmoid(logits))
 
 
 def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
@@ -187,7 +180,7 @@ def run(config: Config) -> Results:
         MMIMDBModel(encoders, fusion, len(dataset.classes)),
         loss,
         multilabel_metrics,
-        probabilities,
+        sigmoid,
         monitor="macro_f1",
         jacobian_weight=config.jacobian_weight,
     )

@@ -31,7 +31,7 @@ from experiments.datasets.preprocess import carve_validation, min_max
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Metrics, Results, binary_metrics, multiclass_metrics
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task
+from experiments.task import Prediction, Task, softmax
 from experiments.train import Schedule
 
 
@@ -63,13 +63,8 @@ class Config(PublishedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
         require(0 < self.validation < 1, "validation", self.validation, "a share between 0 and 1")
-        rate, decay = self.learning_rate, self.weight_decay
-        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
-        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
-        for name in ("evaluate_every", "patience"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "1 or more")
 
 
 def modalities(config: Config) -> tuple[str, ...]:
@@ -124,10 +119,6 @@ def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
     return total
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(logits))
-
-
 def metrics(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     """Accuracy, F1 and AUC for two classes; accuracy, weighted and macro F1 for more."""
     if probabilities.shape[1] == 2:
@@ -173,7 +164,7 @@ def run(config: Config) -> Results:
         OmicsModel(fusion, config.features, len(dataset.classes), config.dropout),
         loss,
         metrics,
-        probabilities,
+        softmax,
         monitor="auc" if binary else "macro_f1",
         jacobian_weight=config.jacobian_weight,
     )

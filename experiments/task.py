@@ -62,6 +62,14 @@ class Task:
     warm_start: bool = False
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(logits))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.sigmoid(logits))
+
+
 class Evaluation(NamedTuple):
     """A model on a whole split, on the host.
 
