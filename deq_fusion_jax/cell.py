@@ -10,7 +10,6 @@ x_f = Σ_i w_i x_i + b. `ModalityBlock` is f_i, `FusionBlock` is f_fuse, and `Fu
 one map of the whole state.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,6 +152,6 @@ def _count_and_mean(modalities: Modalities, injection: Injection) -> tuple[jax.A
     return count, sum(modalities.values()) / jnp.maximum(count, 1)
 
 
-def as_map(cell: FusionCell, method: Callable[..., Any] | None = None) -> Map:
-    """An unbound cell, or one method of it, as the pure map f(z, variables, *its inputs)."""
+def as_map(cell: FusionCell, method: str | None = None) -> Map:
+    """An unbound cell, or the method of that name, as the pure map f(z, variables, *its inputs)."""
     return lambda z, variables, *inputs: cell.apply(variables, z, *inputs, method=method)

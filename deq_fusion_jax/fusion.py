@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
-from deq_fusion_jax.diagnostics import jacobian_penalty
+from deq_fusion_jax.diagnostics import jacobian_penalty, spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
@@ -26,6 +26,7 @@ class FusionOutput(NamedTuple):
       gates: α_i [B, …, d], how much of the fused state each modality lets through; 0 if missing.
       stats: `SolveStats` of the solve.
       jacobian_penalty: scalar, when an rng "jacobian" is given.
+      spectral_radius: [B] of ∂f/∂z at the result, when an rng "radius" is given.
     """
 
     fused: jax.Array
@@ -33,6 +34,7 @@ class FusionOutput(NamedTuple):
     gates: Modalities | None = None
     stats: SolveStats | None = None
     jacobian_penalty: jax.Array | None = None
+    spectral_radius: jax.Array | None = None
 
 
 class CellFusion(nn.Module):
@@ -44,7 +46,7 @@ class CellFusion(nn.Module):
     `train=True`, dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState`
     to start from, zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where the
     backward solve of `DEQFusion` starts. An rng "jacobian" asks for the Jacobian penalty at the
-    result.
+    result, an rng "radius" for the spectral radius there.
 
     Attributes:
       features: d, the width of every equilibrium.
@@ -52,6 +54,7 @@ class CellFusion(nn.Module):
       lift: the root mean square c that small inputs are raised to; see `lift_scale`.
       dropout: rate on W_2 h of every modality and on the gates.
       jacobian_probes: of `jacobian_penalty`.
+      cell_type: the map that is iterated, `FusionCell` or a subclass.
 
     Raises:
       ValueError: an input or the mask has a wrong shape or dtype; the message names the modality.
@@ -67,6 +70,7 @@ class CellFusion(nn.Module):
     dropout: float = 0.0
     jacobian_probes: int = 2
     dtype: Any = None
+    cell_type: type[FusionCell] = FusionCell
 
     @classmethod
     def official(cls, features: int, **fields: Any) -> Self:
@@ -84,7 +88,7 @@ class CellFusion(nn.Module):
     ) -> FusionOutput:
         inject = Inject(self.features, self.lift, self.dropout, self.dtype, name="inject")
         injection = inject(inputs, mask, train)
-        cell = FusionCell(
+        cell = self.cell_type(
             tuple(sorted(inputs)),
             self.features,
             self.groups,
@@ -100,11 +104,16 @@ class CellFusion(nn.Module):
             cell(z0, injection)  # creates the parameters
         unbound, variables = cell.unbind()
         z, stats = self.iterate(unbound, z0, variables, injection, adjoint0)
-        penalty = None
+        penalty = radius = None
+        f = as_map(unbound)
         if self.has_rng("jacobian"):
-            f, key, probes = as_map(unbound), self.make_rng("jacobian"), self.jacobian_probes
+            key, probes = self.make_rng("jacobian"), self.jacobian_probes
             penalty = jacobian_penalty(f, z, variables, injection, key=key, probes=probes)
-        return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty)
+        if self.has_rng("radius"):
+            key = self.make_rng("radius")
+            radius = spectral_radius(f, z, variables, injection, key=key)
+        gates = cell.gates(z, injection)
+        return FusionOutput(z.fused, z.modalities, gates, stats, penalty, radius)
 
     def iterate(
         self,
@@ -166,13 +175,12 @@ class DEQFusion(CellFusion):
         if self.schedule != "staged":
             raise ValueError(f'schedule is {self.schedule!r}; expected "staged" or "joint".')
 
-        step_modalities = as_map(cell, FusionCell.step_modalities)
-        step_fused = as_map(cell, FusionCell.step_fused)
+        step_modalities, step_fused = as_map(cell, "step_modalities"), as_map(cell, "step_fused")
         first0, second0 = (None, None) if adjoint0 is None else _parts(adjoint0)
         modalities, first = solve(
             step_modalities, z0.modalities, variables, injection, adjoint0=first0
         )
-        held = cell.apply(variables, modalities, injection, method=FusionCell.held_gates)
+        held = cell.apply(variables, modalities, injection, method="held_gates")
         fused, second = solve(step_fused, z0.fused, variables, held, injection, adjoint0=second0)
         return FusionState(modalities, fused), in_parts(first, second)
 

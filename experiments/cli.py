@@ -1,9 +1,13 @@
-"""Command lines: a frozen dataclass is the command, its fields are the options (tyro)."""
+"""Command lines: a frozen dataclass is the command, its fields are the options (tyro).
 
+A command that runs other experiments hands their options on, so it has argparse's parser.
+"""
+
+import argparse
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -26,6 +30,23 @@ def parse(default: Config, args: Sequence[str], prog: str) -> Config:
         if not stop.code:
             raise
         raise InputError(_first_paragraph(complaint.getvalue())) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """For options of its own beside those of an experiment; a complaint is an InputError."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; --help lists the options")
+
+    def own_and_rest(
+        self, args: Sequence[str], set_here: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The parser's own options, and the experiment's, which may not be among `set_here`."""
+        own, rest = self.parse_known_args(args)
+        for option in set_here:
+            if any(word.split("=")[0] == option for word in rest):
+                raise InputError(f"{option} is set by {self.prog} itself; --help lists the options")
+        return own, rest
 
 
 def _first_paragraph(framed: str) -> str:

@@ -17,12 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
 
 from deq_fusion_jax.baselines import FUSIONS
+from experiments.cli import Parser
 from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_rows
@@ -31,14 +31,9 @@ from experiments.report import comparison_table, write_json, write_text
 EXPERIMENTS = ("mmimdb", "multiomics", "features")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}; --help lists the options")
-
-
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The comparison's own options, and the rest, which are the experiment's."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m experiments.compare",
         allow_abbrev=False,
         description="Trains several fusions with several seeds and prints one table.",
@@ -48,10 +43,8 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
     parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/compare")
-    options, rest = parser.parse_known_args(args)
-    for option in ("--seed", "--fusion", "--resume", "--no-resume"):
-        if any(word.split("=")[0] == option for word in rest):
-            raise InputError(f"{option} is set by the comparison itself; use --seeds or --fusions")
+    set_here = ("--seed", "--fusion", "--resume", "--no-resume")
+    options, rest = parser.own_and_rest(args, set_here)
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
     return options, rest

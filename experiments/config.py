@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,9 +37,12 @@ class CommonConfig:
       dropout: rate in the encoders.
       learning_rate, weight_decay: of the optimiser.
       patience: evaluations without a better validation score before training stops.
+      official_selection: report the epoch with the best TEST score as well, as the paper's code
+        does; too good to be a result.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()  # options that are given without their names
+    UNSAID: ClassVar[tuple[str, ...]] = ("resume", "run_dir")  # not in the command that repeats it
 
     fusion: str = "deq"
     seed: int = 0
@@ -55,6 +58,7 @@ class CommonConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     patience: int = 15
+    official_selection: bool = False
 
     def __post_init__(self) -> None:
         eps = float(jnp.finfo(jnp.float32).eps)
@@ -109,6 +113,13 @@ def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
         return make_fusion(config.fusion, config.features, modalities, **options)
     except ValueError as error:
         raise InputError(f"--fusion {config.fusion}: {error}") from error
+
+
+FusionChange = Callable[[Any], nn.Module]  # what an ablation makes of the fusion of an experiment
+
+
+def unchanged(fusion: nn.Module) -> nn.Module:
+    return fusion
 
 
 def open_run(experiment: str, config: CommonConfig) -> Path:
@@ -191,7 +202,7 @@ def command_line(experiment: str, config: CommonConfig) -> str:
     unnamed: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in ("resume", "run_dir") or value is None or value is False:
+        if field.name in config.UNSAID or value is None or value is False:
             continue
         words = () if value is True else map(str, value if isinstance(value, tuple) else (value,))
         if field.name in config.POSITIONAL:

@@ -39,6 +39,8 @@ class Results(TypedDict):
     selection: Literal["validation", "test", "last"]
     test: Metrics
     validation: Metrics
+    last_epoch: Metrics  # on test
+    best_on_test: Metrics | None  # of the epoch with the best TEST score, where it was asked for
     solver: Metrics | None  # converged (fraction), mean_steps, residual; None: nothing is solved
     parameters: int
     seconds: float
@@ -151,6 +153,40 @@ def regression_metrics(labels: ArrayLike, predictions: ArrayLike) -> Metrics:
     }
 
 
+def sentiment_metrics(labels: ArrayLike, predictions: ArrayLike) -> Metrics:
+    """The scores of CMU-MOSI, of labels [N] from -3 to 3 and predictions [N].
+
+    acc7: y and ŷ, clipped to -3 … 3, round to the same whole number (halves to the even one).
+    acc2, f1: y ≥ 0 against ŷ ≥ 0, so a label of zero counts as positive.
+    acc2_nonzero, f1_nonzero: y > 0 against ŷ > 0 in the rows with y ≠ 0; NaN where there is none.
+    mae, pearson: as in `regression_metrics`, of ŷ as it is.
+
+    Both F1 are weighted: means over the two classes by their number of true samples.
+    """
+    errors = regression_metrics(labels, predictions)
+    labels, predictions = np.asarray(labels, float), np.asarray(predictions, float)
+    clear = labels != 0
+    grades = [np.round(np.clip(values, -3, 3)) for values in (labels, predictions)]
+    accuracy, f1 = _accuracy_f1(labels >= 0, predictions >= 0)
+    accuracy_nonzero, f1_nonzero = _accuracy_f1(labels[clear] > 0, predictions[clear] > 0)
+    return {
+        "acc7": float(np.mean(grades[0] == grades[1])),
+        "acc2": accuracy,
+        "f1": f1,
+        "acc2_nonzero": accuracy_nonzero,
+        "f1_nonzero": f1_nonzero,
+        "mae": errors["mae"],
+        "pearson": errors["pearson"],
+    }
+
+
+def _accuracy_f1(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    if not len(truth):
+        return float("nan"), float("nan")
+    f1 = f1_score(truth, predicted, average="weighted", zero_division=0)
+    return float(accuracy_score(truth, predicted)), float(f1)
+
+
 def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per fusion, over seeds: every number becomes {"mean", "std"}, std with ddof = 1.
 
@@ -173,9 +209,10 @@ def _over_seeds(fusion: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     if len(set(seeds)) < len(seeds):
         raise InputError(f"fusion {fusion} has a seed twice in {seeds}; give each seed once")
     out = {key: rows[0][key] for key in COMMON} | {"fusion": fusion, "n": len(rows), "seeds": seeds}
-    for part in ("test", "validation", "solver"):
-        names = dict.fromkeys(name for row in rows for name in row[part] or {})
-        out[part] = {n: mean_std([(row[part] or {}).get(n) for row in rows]) for n in names}
+    for part in ("test", "validation", "last_epoch", "best_on_test", "solver"):
+        found = [row.get(part) or {} for row in rows]
+        names = dict.fromkeys(name for numbers in found for name in numbers)
+        out[part] = {name: mean_std([numbers.get(name) for numbers in found]) for name in names}
     return out | {key: mean_std([row[key] for row in rows]) for key in ("parameters", "seconds")}
 
 

@@ -5,14 +5,16 @@
 
 See `experiments.datasets.features` for what the file may hold; what is to be learned is found out
 from the labels. Each modality: features standardised on the training rows → linear → ReLU → mean
-over positions, where there are any → linear; then the fusion, and a linear layer on top.
+over positions, where there are any → linear; then the fusion, and a linear layer on top. Beside the
+result stand a prediction that looks at nothing and a linear model of the same training rows.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,22 +23,18 @@ import numpy as np
 import optax
 import tyro
 
+from deq_fusion_jax.baselines import FUSIONS
 from experiments.cli import parse
-from experiments.config import CommonConfig, build_fusion, require
+from experiments.config import CommonConfig, FusionChange, build_fusion, require, unchanged
 from experiments.datasets import Dataset, Split
-from experiments.datasets.features import Kind, Table, missing, read
+from experiments.datasets.features import RARE, Kind, Table, read, rows_by_class, sha256, strata
 from experiments.datasets.preprocess import draw_split, standardise
 from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import (
-    Metrics,
-    Results,
-    frequent_labels_floor,
-    multiclass_metrics,
-    multilabel_metrics,
-    regression_metrics,
-)
+from experiments.evaluate import Results
+from experiments.missing import ModalityDropout, presence
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task, sigmoid, softmax
+from experiments.targets import TARGETS, floors
+from experiments.task import Prediction, Task
 from experiments.train import Schedule
 
 
@@ -48,26 +46,33 @@ class Config(CommonConfig):
       data: an .npz file with a key per modality and "labels", or .csv files called after them.
       hidden: width of the encoders' hidden layer.
       batch_size: rows a step.
+      modality_dropout: rate at which a modality of a row is hidden in training.
+      data_sha256: of the files; not an option. A run on other data is not resumed.
     """
 
+    UNSAID: ClassVar = (*CommonConfig.UNSAID, "data_sha256")
     POSITIONAL: ClassVar = ("data",)
 
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
     features: int = 64
     hidden: int = 128
     batch_size: int = 64
+    modality_dropout: float = 0.0
+    data_sha256: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        rate = self.modality_dropout
+        require(0 <= rate < 1, "modality_dropout", rate, "0 or more and less than 1")
 
 
 def parse_args(args: Sequence[str]) -> Config:
     config = parse(Config(), args, "python -m experiments.features")
     if not config.data:
         raise InputError("nothing to read; give an .npz file, or a .csv file per modality")
-    return config
+    return replace(config, data_sha256=sha256(config.data))
 
 
 def modalities(config: Config) -> tuple[str, ...]:
@@ -75,7 +80,10 @@ def modalities(config: Config) -> tuple[str, ...]:
 
 
 class Encoder(nn.Module):
-    """linear → ReLU → dropout → mean over positions → linear: [N, …, d] → [N, features]."""
+    """linear → ReLU → dropout → mean over positions → linear: [N, …, d] → [N, features].
+
+    A position that is all NaN is left out of the mean.
+    """
 
     features: int
     hidden: int
@@ -83,9 +91,12 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        h = nn.relu(nn.Dense(self.hidden)(x))
+        unknown, positions = jnp.isnan(x), range(1, x.ndim - 1)
+        there = ~jnp.all(unknown, axis=-1, keepdims=True)
+        h = nn.relu(nn.Dense(self.hidden)(jnp.where(unknown, 0, x)))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return nn.Dense(self.features)(jnp.mean(h, axis=range(1, h.ndim - 1)))
+        count = jnp.maximum(jnp.sum(there, axis=positions), 1)
+        return nn.Dense(self.features)(jnp.sum(h * there, axis=positions) / count)
 
 
 class FeaturesModel(nn.Module):
@@ -99,92 +110,27 @@ class FeaturesModel(nn.Module):
     features: int
     hidden: int
     dropout: float
+    modality_dropout: float = 0.0
 
     @nn.compact
     def __call__(
         self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
     ) -> Prediction:
-        encoded, mask = {}, {}
+        present = ModalityDropout(self.modality_dropout)(presence(inputs), train)
+        encoded = {}
         for name, x in inputs.items():
-            mask[name] = ~jnp.all(jnp.isnan(x), axis=range(1, x.ndim))
-            known = jnp.where(jnp.isnan(x), 0, x)
             encoder = Encoder(self.features, self.hidden, self.dropout, name=f"encode_{name}")
-            encoded[name] = encoder(known, train)
-        out = self.fusion(encoded, mask, train=train, **start)
+            encoded[name] = encoder(x, train)
+        out = self.fusion(encoded, present, train=train, **start)
         return Prediction(nn.Dense(self.outputs, name="head")(out.fused), out)
 
 
-# --- what the kind of the labels decides -------------------------------------------------------
-
-
-class Target(NamedTuple):
-    """How labels of a kind are learned.
-
-    Attributes:
-      outputs: of the model.
-      loss, metrics, probabilities, monitor: as in `Task`.
-      floor: name and test scores of a prediction that looks at nothing.
-    """
-
-    outputs: int
-    loss: Callable[[Prediction, jax.Array], jax.Array]
-    metrics: Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
-    probabilities: Callable[[np.ndarray], np.ndarray]
-    monitor: str
-    floor: tuple[str, Metrics]
-
-
-def multiclass(dataset: Dataset) -> Target:
-    def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        return cross_entropy(prediction.logits, labels).mean()
-
-    share = np.bincount(dataset.train.labels, minlength=len(dataset.classes))
-    always = np.tile(share / share.sum(), (len(dataset.test.labels), 1))
-    floor = "the most frequent class", multiclass_metrics(dataset.test.labels, always)
-    outputs = len(dataset.classes)
-    return Target(outputs, loss, multiclass_metrics, softmax, "macro_f1", floor)
-
-
-def multilabel(dataset: Dataset) -> Target:
-    def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
-        return optax.sigmoid_binary_cross_entropy(prediction.logits, labels).mean()
-
-    scores = frequent_labels_floor(dataset.train.labels, dataset.test.labels)
-    floor = "frequent classes only", scores
-    outputs = len(dataset.classes)
-    return Target(outputs, loss, multilabel_metrics, sigmoid, "macro_f1", floor)
-
-
-def regression(dataset: Dataset) -> Target:
-    """Learned in units of the training labels' deviation from their mean."""
-    mean, deviation = dataset.train.labels.mean(), dataset.train.labels.std() or 1
-
-    def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
-        return 0.5 * jnp.mean((prediction.logits[:, 0] - (labels - mean) / deviation) ** 2)
-
-    def values(logits: np.ndarray) -> np.ndarray:
-        return logits[:, 0] * deviation + mean
-
-    scores = regression_metrics(dataset.test.labels, np.full_like(dataset.test.labels, mean))
-    return Target(1, loss, regression_metrics, values, "r2", ("the mean", scores))
-
-
-TARGETS: dict[Kind, Callable[[Dataset], Target]] = {
-    "multiclass": multiclass,
-    "multilabel": multilabel,
-    "regression": regression,
-}
-
-
-# --- the job -----------------------------------------------------------------------------------
+# --- the data ----------------------------------------------------------------------------------
 
 
 def prepare(table: Table, seed: int) -> Dataset:
     """Train, validation and test as the file splits them, or drawn; standardised."""
-    split = table.split
-    if split is None:
-        split = draw_split(table.labels, table.kind == "multiclass", seed)
+    split = draw_split(strata(table), seed) if table.split is None else table.split
 
     def part(number: int) -> Split:
         rows = np.flatnonzero(split == number)
@@ -194,25 +140,85 @@ def prepare(table: Table, seed: int) -> Dataset:
     return Dataset(table.name, "real", table.classes, train, validation, test)
 
 
-def say_what_was_found(table: Table) -> None:
-    rows = len(table.labels)
+def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
+    """Lines that tell what was read, and what may be wrong with it."""
     kind = f"{table.kind}, {len(table.classes)} classes" if table.classes else table.kind
-    print(f"{table.name}: {rows} rows, {kind}")
+    yield f"{table.name}: {len(table.labels)} rows, {kind}"
     for name, x in table.modalities.items():
-        absent = missing(x).sum()
-        note = f", missing in {absent} rows" if absent else ""
-        print(f"  {name} {list(x.shape[1:])}{note}")
+        yield f"  {name} {list(x.shape[1:])}{_unknown(x)}"
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    drawn = "drawn with equal shares of the labels" if table.split is None else "as given"
+    sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in parts.items() if part)
+    yield f"  {sizes} rows, {drawn}"
+    yield from _labels_found(table, dataset)
+    columns = sum(x[0].size for x in table.modalities.values())
+    if columns > 10 * len(dataset.train.labels):
+        yield (
+            f"Note: {columns:,} features of {len(dataset.train.labels):,} training rows are easily "
+            "learned by heart;\n      fewer features, or a larger --dropout, may help."
+        )
 
 
-def run(config: Config) -> Results:
-    """The whole job: data, training, one look at the test rows, report."""
+def _unknown(x: np.ndarray) -> str:
+    """How much of a modality is NaN: rows, positions, and single values."""
+    nan = np.isnan(x)
+    rows, positions = nan.all(axis=tuple(range(1, x.ndim))).sum(), nan.all(axis=-1).sum()
+    padding = positions - rows * x[0, ..., 0].size
+    single = nan.sum() - positions * x.shape[-1]
+    counts = [
+        (rows, "missing in {:,} rows"),
+        (padding, "padded at {:,} positions"),
+        (single, "{:,} unknown values take the mean"),
+    ]
+    return "".join(", " + text.format(count) for count, text in counts if count)
+
+
+def _labels_found(table: Table, dataset: Dataset) -> Iterator[str]:
+    """Rows by class, or where the numbers lie."""
+    labels = table.labels
+    if table.kind == "regression":
+        yield f"  labels {labels.min():.4g} to {labels.max():.4g}, mean {labels.mean():.4g}"
+        if len(np.unique(labels)) <= 20 and (labels == labels.round()).all():
+            yield "Note: whole numbers saved as floats are a regression; for classes save integers."
+        return
+    count, learned = (rows_by_class(x, len(table.classes)) for x in (labels, dataset.train.labels))
+    most = np.argsort(-count, kind="stable")
+    by_class = ", ".join(f"{table.classes[i]}: {count[i]}" for i in most)
+    yield "  " + textwrap.shorten(by_class, 78, placeholder=" …")
+    if table.split is None and (rare := (count < RARE).sum()):
+        yield f"Note: rows of classes with fewer than {RARE} ({rare} classes) stay in train."
+    if idle := [table.classes[i] for i in np.flatnonzero(learned == 0)]:
+        yield textwrap.shorten(f"Note: no training row is of {', '.join(idle)}.", 80)
+
+
+def load(config: Config) -> tuple[Kind, Dataset]:
+    """What kind of labels the files hold, and the data; says what was found."""
     table = read(config.data)
-    say_what_was_found(table)
+    if taken := [name for name in table.modalities if name in FUSIONS]:
+        raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
     dataset = prepare(table, config.seed)
-    target = TARGETS[table.kind](dataset)
-    fusion = build_fusion(config, tuple(dataset.train.inputs))
+    for line in what_was_found(table, dataset):
+        print(line)
+    return table.kind, dataset
+
+
+# --- the job -----------------------------------------------------------------------------------
+
+
+def job(config: Config, change: FusionChange = unchanged) -> Job:
+    """The data and what is to be learned from them, with a changed fusion."""
+    kind, dataset = load(config)
+    fusion = change(build_fusion(config, tuple(dataset.train.inputs)))
+    target = TARGETS[kind](dataset)
     task = Task(
-        FeaturesModel(fusion, target.outputs, config.features, config.hidden, config.dropout),
+        FeaturesModel(
+            fusion,
+            target.outputs,
+            config.features,
+            config.hidden,
+            config.dropout,
+            config.modality_dropout,
+        ),
         target.loss,
         target.metrics,
         target.probabilities,
@@ -221,8 +227,12 @@ def run(config: Config) -> Results:
     )
     optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    name, scores = target.floor
-    return execute(Job("features", dataset, task, optimiser, schedule, {name: scores}), config)
+    return Job("features", dataset, task, optimiser, schedule, floors(dataset, target))
+
+
+def run(config: Config) -> Results:
+    """The whole job: data, training, one look at the test rows, report."""
+    return execute(job(config), config)
 
 
 @exit_cleanly()

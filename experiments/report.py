@@ -27,6 +27,10 @@ SELECTION = {
     "test": "Scores are of the epoch with the best TEST score: optimistic, not a result.",
     "last": "Scores are of the last epoch.",
 }
+OTHER_SELECTIONS = {
+    "last_epoch": "test, last epoch",
+    "best_on_test": "best epoch ON TEST",
+}
 PACKAGES = ("jax", "flax", "optax", "jaxopt", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
@@ -169,7 +173,10 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
 
 
 def _scores(results: Results, floors: Mapping[str, Metrics] | None) -> list[list[str]]:
-    named = {"validation": results["validation"], "test": results["test"], **(floors or {})}
+    named = {"validation": results["validation"], "test": results["test"]}
+    selections: Mapping[str, Any] = results
+    named |= {name: selections.get(key) or {} for key, name in OTHER_SELECTIONS.items()}
+    named |= floors or {}
     metrics = list(results["test"] or results["validation"])
     rows = [[name, *(number(s.get(m)) for m in metrics)] for name, s in named.items() if s]
     return [["scores", *metrics], *rows]
@@ -229,10 +236,6 @@ def comparison_table(rows: Sequence[Results]) -> str:
     """`compare_rows` in Markdown: the test scores, then what they cost."""
     groups = compare_rows(rows)
     metrics = list(dict.fromkeys(name for group in groups for name in group["test"]))
-    scores = [["fusion", "n", *metrics]]
-    scores += [
-        [g["fusion"], str(g["n"]), *(_spread(g["test"].get(m)) for m in metrics)] for g in groups
-    ]
     costs = [["fusion", "converged", "mean steps", "parameters", "seconds"]]
     costs += [
         [
@@ -247,14 +250,22 @@ def comparison_table(rows: Sequence[Results]) -> str:
     lines = [f"# {rows[0]['experiment']}: fusions compared, {_data(rows[0])}", ""]
     lines += ["Test scores, mean ± standard deviation (ddof = 1) over n seeds.  "]
     lines += [SELECTION[rows[0]["selection"]], ""]
-    lines += [markdown_table(scores), ""]
+    lines += [_spreads(groups, "test", metrics), ""]
+    for part, selection in (("last_epoch", "last"), ("best_on_test", "test")):
+        if any(group[part] for group in groups):
+            lines += [SELECTION[selection], "", _spreads(groups, part, metrics), ""]
     lines += ["Means over the seeds; – where a fusion has no solver.", "", markdown_table(costs)]
     if len({tuple(sorted(g["seeds"])) for g in groups}) > 1:
         lines += ["", "The fusions were not run with the same seeds: compare with care."]
     return "\n".join(lines) + "\n"
 
 
-def _spread(value: Mapping[str, float | None] | None) -> str:
+def _spreads(groups: Sequence[Mapping[str, Any]], part: str, metrics: Sequence[str]) -> str:
+    rows = [[g["fusion"], str(g["n"]), *(spread(g[part].get(m)) for m in metrics)] for g in groups]
+    return markdown_table([["fusion", "n", *metrics], *rows])
+
+
+def spread(value: Mapping[str, float | None] | None) -> str:
     mean, std = (value or {}).get("mean"), (value or {}).get("std")
     return number(mean) if std is None else f"{number(mean)} ± {number(std)}"
 

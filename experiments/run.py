@@ -13,7 +13,7 @@ runs/mmimdb/20260102-030405-deq-seed0/
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +86,11 @@ def execute(job: Job, config: CommonConfig) -> Results:
             config.seed,
             Checkpoints(run_dir / "checkpoints"),
             report,
+            job.dataset.test if config.official_selection else None,
         )
     on_validation = evaluate(job.task, fitted.best, validation)
     on_test = evaluate(job.task, fitted.best, job.dataset.test)
+    last_epoch = evaluate(job.task, fitted.last.variables, job.dataset.test)
     results = Results(
         experiment=job.experiment,
         dataset=job.dataset.description,
@@ -98,6 +100,8 @@ def execute(job: Job, config: CommonConfig) -> Results:
         selection="validation",
         test=on_test.metrics,
         validation=on_validation.metrics,
+        last_epoch=last_epoch.metrics,
+        best_on_test=best_on_test(fitted.history, job.task.monitor),
         solver=_solver_summary(on_test),
         parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
         seconds=fitted.history[-1]["seconds"],
@@ -121,6 +125,13 @@ def execute(job: Job, config: CommonConfig) -> Results:
     print_results(results, run_dir, per_class, floors=job.floors)
     print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
+
+
+def best_on_test(history: Sequence[Mapping[str, Any]], monitor: str) -> Metrics | None:
+    """The best of the test scores in the history; None where nobody asked for them."""
+    seen = [row["test"] for row in history if "test" in row]
+    defined = [scores for scores in seen if np.isfinite(scores[monitor])]
+    return max(defined, key=lambda scores: scores[monitor], default=None)
 
 
 def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None) -> Task:

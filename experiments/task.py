@@ -38,9 +38,9 @@ class Variables(NamedTuple):
     batch_stats: PyTree
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Task:
-    """What to learn.
+    """What to learn. Equal tasks, of several seeds say, share one compiled training step.
 
     Attributes:
       model: (inputs, train=…, z0=…, adjoint0=…) → `Prediction`; the last two go to its fusion,

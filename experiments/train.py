@@ -76,6 +76,7 @@ def fit(
     seed: int,
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    test: Split | None = None,
 ) -> Fitted:
     """Trains until `schedule` says stop, and keeps the variables that do best on validation.
 
@@ -84,9 +85,10 @@ def fit(
     validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
     and hands it to `report`; each after a step also saves a checkpoint. Where `checkpoints` holds
     any, training goes on from the newest whole one. Training that has produced a NaN stops there.
+    With `test` every row also has "test": {metric: value}, which nothing here looks at.
     """
     batch_size = min(schedule.batch_size, len(train.labels))
-    train, validation = jax.device_put((train, validation))
+    train, validation, test = jax.device_put((train, validation, test))
     state = init_state(task, optimiser, train.inputs, seed)
     best, best_epoch, history = _copy(state.variables), 0, []
     saved = checkpoints and checkpoints.restore({"state": state, "best": best})
@@ -98,6 +100,7 @@ def fit(
     def evaluate_now(epoch: int, seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
         result = evaluate(task, state.variables, validation)
         means = {name: float(np.mean(value)) for name, value in seen.items()}
+        watched = {"test": evaluate(task, state.variables, test).metrics} if test else {}
         return {
             "epoch": epoch,
             "loss": means.get("loss"),
@@ -107,6 +110,7 @@ def fit(
             "train": means,
             "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
             "seconds": seconds,
+            **watched,
         }
 
     if not history:

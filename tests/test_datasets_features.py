@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import Split
-from experiments.datasets.features import missing, read
+from experiments.datasets.features import Table, missing, read, strata
 from experiments.datasets.preprocess import draw_split, standardise
 from experiments.errors import InputError
 
@@ -42,16 +42,20 @@ class TestWhatIsFoundOut:
             (CLASSES.astype(np.uint8) * 2, "multiclass", ("class 0", "class 2", "class 4")),
             (np.eye(3)[CLASSES], "multilabel", ("class 0", "class 1", "class 2")),
             (np.eye(2, dtype=bool)[CLASSES % 2], "multilabel", ("class 0", "class 1")),
+            (np.array(["dog", "cat ", "emu"])[CLASSES], "multiclass", ("cat", "dog", "emu")),
+            (np.array([b"x", b"y"])[CLASSES % 2][:, None], "multiclass", ("x", "y")),
             (CLASSES * 0.5, "regression", ()),
+            (CLASSES[:, None] * 0.5, "regression", ()),
         ],
     )
     def test_the_kind_of_labels(self, npz, labels, kind, classes):
         table = read(npz(a=X, labels=labels))
         assert (table.kind, table.classes) == (kind, classes)
         if kind == "multiclass":
-            np.testing.assert_array_equal(np.unique(labels)[table.labels], labels)
+            np.testing.assert_array_equal(np.unique(labels)[table.labels], labels.reshape(N))
         else:
-            np.testing.assert_array_equal(table.labels, np.float32(labels))
+            expected = labels if kind == "multilabel" else labels.reshape(N)
+            np.testing.assert_array_equal(table.labels, np.float32(expected))
 
     def test_a_mask_and_rows_of_nan_are_missing(self, npz):
         b = X.copy()
@@ -74,6 +78,33 @@ class TestWhatIsFoundOut:
         assert read([tmp_path / "a.csv", tmp_path / "labels.csv"]).kind == "regression"
 
 
+CSV = {  # name: (text of a.csv, text of labels.csv), all of the same content
+    "plain": ("\ufeff" + "1,2\n,4\n" * 6, "0\n1\n" * 6),
+    "a header": ("x,y\n" + "1,2\nNA,4\n" * 6, "class\n" + "0\n1\n" * 6),
+    "words": ("x,y\r\n" + "1,2\r\nnan,4\r\n" * 6, "0x\r\n1x\r\n" * 6 + "\r\n"),
+    "words under a header": ("1, 2\n ,4\n" * 6, '"class"\n' + '"0, x"\n"1, y"\n' * 6),
+    "pandas": (
+        ",x,y\n" + "".join(f"{i},1,2\n{i + 1},,4\n" for i in range(0, 12, 2)),
+        ",class\n" + "".join(f"{i},no\n{i + 1},yes\n" for i in range(0, 12, 2)),
+    ),
+    "pandas without names": (
+        ",0,1\n" + "".join(f"{i},1,2\n{i + 1},,4\n" for i in range(0, 12, 2)),
+        ",0\n" + "".join(f"{i},0\n{i + 1},1\n" for i in range(0, 12, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CSV)
+def test_forms_of_csv_files(tmp_path, form):
+    paths = [tmp_path / "a.csv", tmp_path / "labels.csv"]
+    for path, text in zip(paths, CSV[form], strict=True):
+        path.write_bytes(text.encode())
+    table = read(paths)
+    np.testing.assert_array_equal(table.modalities["a"], [[1, 2], [np.nan, 4]] * 6)
+    np.testing.assert_array_equal(table.labels, [0, 1] * 6)
+    assert table.kind == "multiclass" and len(table.classes) == 2
+
+
 class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("arrays", "complaint"),
@@ -91,7 +122,10 @@ class TestWhatIsRefused:
             ({"a": X, "labels": X}, "two axes mean several classes"),
             ({"a": X, "labels": np.where(X[:, 0] > 9, 1, np.nan)}, "row 0 is NaN"),
             ({"a": X, "labels": np.eye(4)[CLASSES]}, "column 3 is 0 in every row"),
-            ({"a": X, "labels": CLASSES.astype(str)}, "labels is <U21"),
+            ({"a": X, "labels": np.where(CLASSES > 0, "x", "")}, "row 0 is ''; leave such rows"),
+            ({"a": X, "labels": np.array(["é".encode(), b"x"])[CLASSES % 2]}, "not ASCII"),
+            ({"a": X, "labels": X.astype(str)}, "one word a row"),
+            ({"a": X * 1e300, "labels": CLASSES}, "a: row 0 is infinite"),
             ({"a": X, "labels": CLASSES, "mask": X > 0}, r"mask is bool \(12, 3\); expected"),
             (
                 {"a": X, "labels": CLASSES, "split": CLASSES + 1},
@@ -105,10 +139,9 @@ class TestWhatIsRefused:
             read(npz(**arrays))
 
     def test_a_bad_file(self, tmp_path):
-        (tmp_path / "a.csv").write_text("1,2\n3,x\n", encoding="utf-8")
         (tmp_path / "data.npz").write_bytes(b"PK nothing")
         for path, complaint in [
-            ("a.csv", "is not a table of numbers"),
+            ("a.csv", "No such file"),
             ("data.npz", "cannot be read as an .npz"),
             ("none.npz", "No such file"),
             ("data.txt", "expected one .npz file"),
@@ -117,6 +150,23 @@ class TestWhatIsRefused:
                 read([tmp_path / path])
         with pytest.raises(InputError, match=r"two files are called a\.csv"):
             read([tmp_path / "a.csv", tmp_path / "b" / "a.csv"])
+
+    @pytest.mark.parametrize(
+        ("text", "complaint"),
+        [
+            (b"1,2\n3,x\n", r"a\.csv, line 2: 'x' is not a number"),
+            (b"1,2\n\n3,4,5\n", r"a\.csv, line 3: 3 cells; expected 2, as in the first line"),
+            (b"", "holds no line of numbers"),
+            (b"x,y\n", "holds no line of numbers"),
+            (b"\xff\xfe1", "cannot be read as a .csv file"),
+            (b"0,1\n" * 13, "is its first row a header"),
+        ],
+    )
+    def test_a_bad_csv_file(self, tmp_path, text, complaint):
+        (tmp_path / "a.csv").write_bytes(text)
+        (tmp_path / "labels.csv").write_text("0\n1\n" * 6, encoding="utf-8")
+        with pytest.raises(InputError, match=complaint):
+            read([tmp_path / "a.csv", tmp_path / "labels.csv"])
 
 
 class TestPreparing:
@@ -134,12 +184,61 @@ class TestPreparing:
         assert np.isnan(train.inputs["x"][0]).all()
         np.testing.assert_array_equal(other.inputs["x"], train.inputs["x"][:5])
 
-    def test_a_drawn_split(self):
-        labels = np.repeat([0, 1], [80, 20])
-        one, other = (draw_split(labels, True, seed) for seed in (0, 1))
-        assert np.bincount(one).tolist() == [69, 16, 15]
-        assert [labels[one == part].sum() for part in range(3)] == [14, 3, 3]
+    def test_standardise_keeps_positions_that_are_all_unknown(self):
+        x = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+        x[0, 1:], x[1, 0, 0] = np.nan, np.nan
+        (scaled,) = standardise(Split({"x": x}, x))
+        np.testing.assert_array_equal(np.isnan(scaled.inputs["x"][0]).all(axis=1), [0, 1, 1])
+        assert np.isfinite(scaled.inputs["x"][1:]).all() and scaled.inputs["x"][1, 0, 0] == 0
+
+    def test_standardise_large_values(self):
+        x = np.full((2500, 1), 1e20, np.float32) * (1 + np.arange(2500)[:, None] % 2)
+        (scaled,) = standardise(Split({"x": x}, x))
+        np.testing.assert_allclose(scaled.inputs["x"][:, 0], [-1, 1] * 1250, rtol=1e-5)
+
+
+def table(labels, kind):
+    classes = {"multiclass": labels.max() + 1, "multilabel": labels.shape[-1], "regression": 0}
+    names = tuple(f"class {i}" for i in range(int(classes[kind])))
+    return Table("data", {}, labels, kind, names, None)
+
+
+class TestTheDrawnSplit:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_parts_have_the_proportions_of_the_whole(self, seed):
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(100, 400)
+        classes = rng.choice(5, rows, p=[0.5, 0.3, 0.1, 0.07, 0.03])
+        several = (rng.random((rows, 4)) < [0.5, 0.3, 0.1, 0.05]).astype(np.float32)
+        for labels, kind, slack in [(classes, "multiclass", 1), (several, "multilabel", 4)]:
+            split = draw_split(strata(table(labels, kind)), seed)
+            members = labels[:, None] == np.arange(5) if kind == "multiclass" else labels
+            for part, share in enumerate((0.7, 0.15, 0.15)):
+                got, expected = members[split == part].sum(axis=0), share * members.sum(axis=0)
+                assert np.abs(got - expected).max() <= slack + 1, (kind, part)
+        values = rng.exponential(size=rows)
+        split = draw_split(strata(table(values, "regression")), seed)
+        for part in range(3):
+            below = [
+                np.mean(values[split == part] < q) for q in np.quantile(values, (0.2, 0.5, 0.8))
+            ]
+            np.testing.assert_allclose(below, (0.2, 0.5, 0.8), atol=0.1)
+
+    def test_its_sizes_and_seeds(self):
+        groups = np.repeat([0, 1], [80, 20])
+        one, other = (draw_split(groups, seed) for seed in (0, -1))
+        assert np.bincount(one).tolist() == np.bincount(other).tolist() == [70, 15, 15]
+        assert [groups[one == part].sum() for part in range(3)] == [14, 3, 3]
         np.testing.assert_array_equal(one == 2, other == 2)
         assert (one != other).any()
-        with pytest.raises(InputError, match="give a split of your own"):
-            draw_split(np.arange(20), True, 0)
+        assert np.bincount(draw_split(np.zeros(10, int), 0)).tolist() == [6, 2, 2]
+
+    def test_rare_classes_stay_in_train(self):
+        labels = np.repeat([0, 1, 2], [30, 1, 3])
+        for seed in range(20):
+            split = draw_split(strata(table(labels, "multiclass")), seed)
+            assert split[30] == 0 and (split[31:] == 0).any()
+        several = np.stack([np.arange(34) % 2, labels == 1], axis=1).astype(np.float32)
+        assert draw_split(strata(table(several, "multilabel")), 0)[30] == 0
+        with pytest.raises(InputError, match="'class 0' has 2 of 20 rows, and only 0 are of"):
+            strata(table(np.arange(20) // 2, "multiclass"))

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from experiments.datasets.text import PADDING, UNKNOWN, build_vocabulary, encode, words
-from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
+from experiments.encoders import (
+    MaxoutMLP,
+    PlotEncoder,
+    PosterCNN,
+    TokenEncoder,
+    UtteranceEncoder,
+    mix_rows,
+)
 
 
 def trained(module, inputs):
@@ -154,3 +161,97 @@ class TestText:
         tokens = encode(["The cat sat on the mat", "", "cat"], vocabulary, 4)
         assert tokens.dtype == np.int32
         assert tokens.tolist() == [[2, 3, UNKNOWN, UNKNOWN], [PADDING] * 4, [3, 0, 0, 0]]
+
+
+class TestTokenEncoder:
+    def test_equals_numpy(self):
+        module = TokenEncoder(vocabulary=10, features=6, embedding=5)
+        tokens = np.array([[5, 3, 9, 2], [7, 0, 0, 0], [4, 6, 0, 0]], np.int32)
+        variables = trained(module, tokens)
+        params = variables["params"]
+        embedding, conv = np.asarray(params["Embed_0"]["embedding"]), params["Conv_0"]
+        kernel = np.asarray(conv["kernel"])  # [3, 5, 6]
+        got = module.apply(variables, tokens, False)
+        for row, ids in zip(got, tokens, strict=True):
+            words = [embedding[i] if i else np.zeros(5) for i in (0, *ids, 0)]
+            for t in range(4):
+                h = sum(words[t + k] @ kernel[k] for k in range(3)) + conv["bias"]
+                expected = np.maximum(h, 0) if ids[t] else np.zeros(6)
+                np.testing.assert_allclose(row[t], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def utterances():
+    x = np.random.default_rng(0).standard_normal((4, 5, 3)).astype(np.float32)
+    x[0, :2] = x[1, 4] = x[2, [0, 1, 3, 4]] = np.nan  # where the recording has no more
+    module = UtteranceEncoder(features=6, hidden=4)
+    return module, trained(module, x), x
+
+
+class TestUtteranceEncoder:
+    def test_equals_numpy(self, utterances):
+        module, variables, x = utterances
+        hidden, own, around = (variables["params"][f"Dense_{i}"] for i in range(3))
+        logits = np.asarray(variables["params"]["places"])
+        assert logits.shape == (5,) and np.ptp(logits) > 0
+        for got, row in zip(module.apply(variables, x, False), x, strict=True):
+            h = np.maximum(row @ hidden["kernel"] + hidden["bias"], 0)
+            expected = h[2] @ own["kernel"] + own["bias"]
+            others = [j for j in (0, 1, 3, 4) if not np.isnan(row[j]).any()]
+            if others:
+                a = np.exp(logits[others]) / np.exp(logits[others]).sum()
+                expected = expected + (a @ h[others]) @ around["kernel"]
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+    def test_gradients_are_finite_where_utterances_are_missing(self, utterances):
+        module, variables, x = utterances
+
+        def total(variables, x):
+            return module.apply(variables, x, False).sum()
+
+        for leaf in jax.tree.leaves(jax.grad(total)(variables, x)):
+            assert np.isfinite(leaf).all()
+
+    def test_alone(self, utterances):
+        """Without neighbours there are no parameters for them."""
+        module, _, x = utterances
+        variables = module.init(jax.random.key(0), x[:, 2:3], False)
+        assert set(variables["params"]) == {"Dense_0", "Dense_1"}
+
+    def test_corruption_mixes_in_training_only(self, utterances):
+        module, variables, x = utterances
+        module = module.clone(dropout=0.0)
+        mixed = module.clone(corruption=0.5)
+        rngs = {"dropout": jax.random.key(0)}
+        clean = module.apply(variables, x, True)
+        np.testing.assert_array_equal(clean, mixed.apply(variables, x, False))
+        first, other = (
+            mixed.apply(variables, x, True, rngs={"dropout": jax.random.key(k)}) for k in (0, 1)
+        )
+        assert np.isfinite(first).all() and not np.allclose(first, other)
+        assert not np.allclose(first, clean)
+        one_row = np.repeat(x[2:3], 4, axis=0)  # a mixture of equal rows is that row
+        np.testing.assert_allclose(
+            mixed.apply(variables, one_row, True, rngs=rngs),
+            module.apply(variables, one_row, True),
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_mix_rows(share):
+    """A row of zeros with rows of ones mixed in shows the weight of those."""
+    mixed = mix_rows(jax.random.key(0), jnp.zeros((500, 4, 3)), jnp.ones((500, 3)), share)
+    weights = np.asarray(mixed)[..., 0]
+    np.testing.assert_array_equal(mixed, np.repeat(weights[..., None], 3, axis=2))
+    low, high = max(0, 2 * share - 1), min(1, 2 * share)
+    assert weights.min() >= low - 1e-6 and weights.max() <= high + 1e-6
+    assert weights.mean() == pytest.approx(share, abs=0.02)
+    assert np.ptp(weights) >= 0.95 * (high - low)
+
+
+def test_mix_rows_draws_the_others_alike():
+    others = jnp.arange(10.0)[:, None]
+    drawn = mix_rows(jax.random.key(0), jnp.zeros((1000, 5, 1)), others, 1.0)
+    counts = np.bincount(np.round(np.asarray(drawn).ravel()).astype(int), minlength=10)
+    assert (abs(counts - 500) < 120).all()

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from experiments.evaluate import (
     binary_metrics,
@@ -13,6 +14,7 @@ from experiments.evaluate import (
     multilabel_metrics,
     per_class_f1,
     regression_metrics,
+    sentiment_metrics,
 )
 
 
@@ -173,3 +175,71 @@ def test_regression_metrics_without_variation():
     assert constant["r2"] == 0 and math.isnan(constant["pearson"])
     with pytest.raises(ValueError, match="expected"):
         regression_metrics(np.ones(4), np.ones((4, 1)))
+
+
+class TestSentiment:
+    def by_scikit_learn(self, y, p):
+        def binary(truth, predicted):
+            return accuracy_score(truth, predicted), f1_score(truth, predicted, average="weighted")
+
+        def grade(x):
+            return np.clip(np.round(x), -3, 3).astype(int)
+
+        clear = y != 0
+        acc2, f1 = binary(y >= 0, p >= 0)
+        acc2_nonzero, f1_nonzero = binary(y[clear] > 0, p[clear] > 0)
+        return {
+            "acc7": accuracy_score(grade(y), grade(p)),
+            "acc2": acc2,
+            "f1": f1,
+            "acc2_nonzero": acc2_nonzero,
+            "f1_nonzero": f1_nonzero,
+            "mae": mean_absolute_error(y, p),
+            "pearson": np.corrcoef(y, p)[0, 1],
+        }
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_equal_scikit_learn(self, seed):
+        rng = np.random.default_rng(seed)
+        labels = np.round(rng.uniform(-3, 3, 60), 1)
+        labels[: rng.integers(20)] = 0
+        predictions = labels + rng.normal(0, 1.5, 60)  # some beyond 3
+        predictions[-3:] = 0
+        expected = self.by_scikit_learn(labels, predictions)
+        assert sentiment_metrics(labels, predictions) == pytest.approx(expected)
+
+    def test_by_hand(self):
+        labels, predictions = [-3, -0.4, 0, 0, 0.2, 2.6], [-9, 0.1, -0.2, 0.0, -0.1, 7]
+        got = sentiment_metrics(labels, predictions)
+        assert got["acc7"] == 1  # all round to the same, the ends after clipping
+        assert got["acc2"] == pytest.approx(3 / 6)  # a zero counts as positive: rows 1, 4 and 6
+        assert got["acc2_nonzero"] == pytest.approx(2 / 4)  # rows 1 and 6
+        assert got["mae"] == pytest.approx((6 + 0.5 + 0.2 + 0 + 0.3 + 4.4) / 6)
+
+    def test_f1_is_weighted_by_the_labels_not_the_predictions(self):
+        labels, predictions = np.array([-1.0, 1, 1, 1]), np.array([-1.0, -1, -1, 1])
+        # Negative: TP 1, FP 2, FN 0: 1/2, one row. Positive: TP 1, FN 2: 1/2, three rows.
+        assert sentiment_metrics(labels, predictions)["f1"] == pytest.approx(0.5)
+        labels, predictions = np.array([-1.0, -1, 1, 1]), np.array([-1.0, 1, 1, 1])
+        # Negative 2/3, positive 4/5; with the arguments swapped (1/4) 2/3 + (3/4) 4/5.
+        assert sentiment_metrics(labels, predictions)["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+
+    @pytest.mark.parametrize("constant", [-2.0, 0.0, 0.3])
+    def test_constant_predictions(self, constant):
+        labels = np.array([-2.0, 0.0, 1.0, 2.5])
+        got = sentiment_metrics(labels, np.full(4, constant))
+        assert math.isnan(got["pearson"])
+        assert got["acc2"] == (0.75 if constant >= 0 else 0.25)
+        assert got["acc2_nonzero"] == (2 / 3 if constant > 0 else 1 / 3)
+
+    def test_no_zeros_and_nothing_but_zeros(self):
+        labels = np.array([-1.0, 2.0, 3.0])
+        got = sentiment_metrics(labels, np.array([-0.5, 1.0, -1.0]))
+        assert got["acc2"] == got["acc2_nonzero"] and got["f1"] == got["f1_nonzero"]
+        got = sentiment_metrics(np.zeros(3), np.array([0.0, 1.0, -1.0]))
+        assert got["acc2"] == pytest.approx(2 / 3) and got["acc7"] == pytest.approx(1 / 3)
+        assert math.isnan(got["acc2_nonzero"]) and math.isnan(got["f1_nonzero"])
+
+    def test_shapes(self):
+        with pytest.raises(ValueError, match=r"expected \[N\] for both"):
+            sentiment_metrics(np.zeros((3, 1)), np.zeros(3))

@@ -3,10 +3,16 @@
 import json
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from experiments import features
+from experiments.config import check_same_run, command_line, open_run, saved_config
+from experiments.datasets import Split
+from experiments.datasets.features import read
+from experiments.datasets.preprocess import standardise
 
 N = 240
 
@@ -47,9 +53,10 @@ def test_classes_that_show_in_both_modalities_together(results):
     assert got["test"]["accuracy"] > 0.9 and got["data"] == "real"
     assert got["dataset"] == "made_up" and got["solver"]["converged"] == 1
     assert "made_up: 240 rows, multiclass, 2 classes" in out and "b [6, 4]" in out
+    assert "168 train, 36 validation, 36 test rows, drawn" in out
     report = (run_dir / "report.md").read_text(encoding="utf-8")
     assert "python -m experiments.features made_up.npz --fusion deq" in report
-    assert "the most frequent class" in report
+    assert "the most frequent class" in report and "logistic regression" in report
 
 
 def test_several_classes_a_row(results):
@@ -57,7 +64,8 @@ def test_several_classes_a_row(results):
     labels = np.stack([SIGN["a"] > 0, SIGN["b"] > 0, SIGN["c"] * SIGN["a"] > 0], axis=1)
     got, out, _ = results(**x, labels=labels)
     assert got["test"]["micro_f1"] > 0.9
-    assert "multilabel, 3 classes" in out
+    assert "multilabel, 3 classes" in out and "frequent classes only" in out
+    assert "logistic regression" in out
 
 
 def test_a_regression_with_missing_rows(results):
@@ -67,15 +75,109 @@ def test_a_regression_with_missing_rows(results):
     got, out, _ = results(**x, labels=y)
     assert got["test"]["r2"] > 0.85 and got["test"]["mae"] < 12
     assert "regression" in out and "a [5], missing in 60 rows" in out
+    assert "ridge regression" in out
 
 
-def test_what_cannot_be_used(main, tmp_path):
-    np.savez(tmp_path / "two.npz", a=np.zeros((2, 3)), labels=np.arange(2))
-    for words, complaint in [
-        (["two.npz"], "labels has 2 rows"),
+X, CLASSES = RNG.standard_normal((12, 3)), np.arange(12) % 3
+
+
+@pytest.mark.parametrize(
+    ("arrays", "complaint"),
+    [
+        ({"a": X, "labels": CLASSES[:11]}, "a is float64 (12, 3); expected numbers [11, …]"),
+        ({"a": X, "labels": CLASSES.astype(object)}, "no object arrays"),
+        ({"a": X, "b": np.full((12, 2), np.nan), "labels": CLASSES}, "b is missing in every row"),
+        ({"a": X, "labels": np.ones(12, int)}, "labels are 1 in every row"),
+        ({"a": X, "labels": CLASSES - 1}, "row 0 is -1; classes are counted from 0"),
+        ({"a": X[:2], "labels": CLASSES[:2]}, "labels has 2 rows; at least 10"),
+        ({"a": X, "labels": np.arange(12)}, "'class 0' has 1 of 12 rows"),
+        ({"a": X, "labels": X}, "of several numbers predict one at a time"),
+        ({"a": X + 1j, "labels": CLASSES}, "a is complex128"),
+        ({"a/b": X, "labels": CLASSES}, "a modality is called 'a/b'; use letters"),
+        ({"": X, "labels": CLASSES}, "a modality is called ''"),
+        ({"sum": X, "labels": CLASSES}, "a modality is called sum, as a fusion is"),
+        ({"a": X, "labels": CLASSES, "split": np.minimum(CLASSES + 2 * (CLASSES > 0), 2)}, "split"),
+        ({"a": X, "labels": (CLASSES > 0) * 1, "split": CLASSES}, "all training rows are of"),
+        ({"a": X, "labels": CLASSES / 2, "split": (CLASSES + 1) % 3}, "the training rows all have"),
+        (
+            {"a": X, "labels": np.eye(2)[CLASSES % 2] * (CLASSES > 0)[:, None], "split": CLASSES},
+            "no training row",
+        ),
+    ],
+)
+def test_a_bad_file(main, tmp_path, arrays, complaint):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    status, _, err = main("bad.npz")
+    assert status == 2 and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
         ([], "nothing to read"),
         (["none.npz"], "none.npz cannot be read"),
-        (["two.npz", "--data-dir", "x"], "--help lists the options"),
-    ]:
-        status, _, err = main(*words)
-        assert status == 2 and complaint in err and err.count("\n") == 1
+        (["none.npz", "--data-dir", "x"], "--help lists the options"),
+        (["none.npz", "--data-sha256", "x"], "--help lists the options"),
+    ],
+)
+def test_a_bad_command(main, words, complaint):
+    status, _, err = main(*words)
+    assert status == 2 and complaint in err and err.count("\n") == 1
+
+
+def test_only_a_run_on_the_same_data_is_resumed(main, tmp_path):
+    words = ["data.npz", "--run-dir", "run"]
+    np.savez(tmp_path / "data.npz", a=X, labels=CLASSES)
+    config = features.parse_args(words)
+    run_dir = open_run("features", config)
+    again = features.parse_args([*words, "--resume"])
+    check_same_run(run_dir, saved_config(run_dir), "features", again)
+    np.savez(tmp_path / "data.npz", a=X + 1, labels=CLASSES)
+    status, _, err = main(*words, "--resume")
+    assert status == 2 and "was run with data_sha256 = " in err and err.count("\n") == 1
+    assert "sha256" not in command_line("features", config)
+
+
+class TestWhatIsSaid:
+    @pytest.fixture
+    def said(self, tmp_path):
+        def lines(**arrays):
+            np.savez(tmp_path / "data.npz", **arrays)
+            table = read([tmp_path / "data.npz"])
+            return "\n".join(features.what_was_found(table, features.prepare(table, 0)))
+
+        return lines
+
+    def test_classes_and_what_is_unknown(self, said):
+        a = RNG.standard_normal((60, 5, 2))
+        a[0], a[1, 3:], a[2, 0, 0] = np.nan, np.nan, np.nan
+        labels = np.repeat(["cat", "dog", "owl"], [40, 18, 2])
+        assert said(a=a, labels=labels).splitlines() == [
+            "data: 60 rows, multiclass, 3 classes",
+            "  a [5, 2], missing in 1 rows, padded at 2 positions, 1 unknown values take the mean",
+            "  42 train, 9 validation, 9 test rows, drawn with equal shares of the labels",
+            "  cat: 40, dog: 18, owl: 2",
+            "Note: rows of classes with fewer than 3 (1 classes) stay in train.",
+        ]
+
+    def test_what_may_be_wrong(self, said):
+        text = said(a=np.zeros((30, 300)), labels=np.arange(30) % 3 * 1.0)
+        assert "labels 0 to 2, mean 1" in text and "for classes save integers" in text
+        assert "Note: 300 features of 20 training rows" in text
+        split = np.repeat([0, 1, 2], 10)
+        text = said(a=np.zeros((30, 3)), labels=np.repeat([0, 1, 2], [5, 15, 10]), split=split)
+        assert "as given" in text and "Note: no training row is of class 2." in text
+
+
+def test_padding_changes_nothing():
+    x = RNG.standard_normal((20, 6, 3)).astype(np.float32)
+    x[np.arange(6) >= RNG.integers(1, 7, 20)[:, None]] = np.nan
+    longer = np.concatenate([x, np.full((20, 9, 3), np.nan, np.float32)], axis=1)
+    encoder = features.Encoder(4, 8, 0.3)
+    short, long = (standardise(Split({"x": part}, x))[0].inputs["x"] for part in (x, longer))
+    params = encoder.init(jax.random.key(0), short, False)
+    params = jax.tree.map(lambda x: x + 0.5, params)  # biases that show where there is nothing
+    expected = encoder.apply(params, short, False)
+    assert_allclose(encoder.apply(params, long, False), expected, atol=1e-6)
+    first = encoder.apply(params, short[:1, : np.sum(~np.isnan(short[0, :, 0]))], False)
+    assert_allclose(first, expected[:1], atol=1e-6)

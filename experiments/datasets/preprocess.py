@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from experiments.datasets import Split
+from experiments.datasets import Dataset, Split
 from experiments.errors import InputError
 
 
@@ -26,23 +26,33 @@ def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
     return train, validation
 
 
-def draw_split(labels: np.ndarray, stratify: bool, seed: int) -> np.ndarray:
-    """[N] of 0 (train, 70 %), 1 (validation) and 2 (test, 15 % each); the test rows are the same
-    for all seeds. With `stratify`, labels [N] keep their proportions."""
-    split = np.zeros(len(labels), np.int32)
-    rest = np.arange(len(labels))
-    for part, share, draw in ((2, 0.15, 0), (1, 0.15 / 0.85, seed)):
-        groups = labels[rest] if stratify else None
-        try:
-            rest, chosen = train_test_split(
-                rest, test_size=share, random_state=draw, stratify=groups
-            )
-        except ValueError as error:
-            raise InputError(
-                f"cannot hold out rows of every class: {error}; give a split of your own"
-            ) from error
-        split[chosen] = part
+def draw_split(strata: np.ndarray, seed: int) -> np.ndarray:
+    """[N] of 0 (train), 1 (validation) and 2 (test): 15 % each of the rows with a stratum ≥ 0.
+
+    The rows are lined up by stratum, in random order within each, and taken at equal distances: of
+    n rows of a stratum 0.15 n, rounded up or down. The test rows are the same for all seeds.
+    """
+    split = np.zeros(len(strata), np.int32)
+    count = -(-15 * np.count_nonzero(strata >= 0) // 100)
+    for part, draw in ((2, 0), (1, seed % 2**32)):
+        rng = np.random.default_rng((part, draw))
+        free = np.flatnonzero((split == 0) & (strata >= 0))
+        line = free[np.lexsort((rng.random(len(free)), strata[free]))]
+        taken = (np.arange(count) + rng.random()) * len(line) / count
+        split[line[taken.astype(int)]] = part
     return split
+
+
+def redraw(dataset: Dataset, seed: int, test: float = 0.3) -> Dataset:
+    """All rows of the published train and test parts, split anew; classes keep their proportions.
+
+    Random 70/30 splits are what the results of MOGONET (2021) are means over.
+    """
+    train, other = dataset.train, dataset.test
+    inputs = {name: np.concatenate([x, other.inputs[name]]) for name, x in train.inputs.items()}
+    everyone = Split(inputs, np.concatenate([train.labels, other.labels]))
+    train, other = carve_validation(everyone, test, seed)
+    return dataset._replace(name=f"{dataset.name}, random splits", train=train, test=other)
 
 
 def min_max(train: Split, *others: Split) -> tuple[Split, ...]:
@@ -70,24 +80,31 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 def standardise(train: Split, *others: Split) -> tuple[Split, ...]:
     """Mean 0 and standard deviation 1 in train for each feature [N, …, d], over rows and positions.
 
-    A feature that is constant in train becomes 0 there. NaN is not counted; where a row knows
-    something of a modality, what it does not know becomes 0, the mean.
+    A feature that is constant in train becomes 0 there. NaN is not counted; at a position of which
+    something is known, what is not known becomes 0, the mean. A position that is all NaN stays so.
     """
     scaled: list[dict[str, np.ndarray]] = [{} for _ in (train, *others)]
     for modality, values in train.inputs.items():
-        axes = tuple(range(values.ndim - 1))
-        known = ~np.isnan(values)
-        count = np.maximum(known.sum(axis=axes), 1)
-        mean = values.sum(axis=axes, where=known, dtype=np.float64) / count
-        square = np.sum((values - mean) ** 2, axis=axes, where=known)
-        deviation = np.sqrt(square / count)
-        deviation = np.where(deviation > 0, deviation, 1)
+        mean, deviation = _moments(values)
         for inputs, split in zip(scaled, (train, *others), strict=True):
-            x = ((split.inputs[modality] - mean) / deviation).astype(np.float32)
+            x = np.subtract(split.inputs[modality], mean, dtype=np.float32)
+            x /= deviation.astype(np.float32)
             unknown = np.isnan(x)
-            some = ~unknown.all(axis=tuple(range(1, x.ndim)), keepdims=True)
-            inputs[modality] = np.where(unknown & some, np.float32(0), x)
+            unknown &= ~unknown.all(axis=-1, keepdims=True)
+            x[unknown] = 0
+            inputs[modality] = x
     return tuple(
         split._replace(inputs=inputs)
         for split, inputs in zip((train, *others), scaled, strict=True)
     )
+
+
+def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (1 if it is 0) of each feature [N, …, d], NaN left out."""
+    axes = tuple(range(values.ndim - 1))
+    some_rows = np.array_split(values, len(values) // 1000 + 1)  # float64 of all takes much memory
+    count = np.maximum(sum(np.sum(~np.isnan(x), axis=axes) for x in some_rows), 1)
+    mean = sum(np.nansum(x, axis=axes, dtype=np.float64) for x in some_rows) / count
+    square = sum(np.nansum((x - mean) ** 2, axis=axes) for x in some_rows)
+    deviation = np.sqrt(square / count)
+    return mean, np.where(deviation > 0, deviation, 1)

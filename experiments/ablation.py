@@ -1,0 +1,185 @@
+"""What each part of DEQ fusion is worth: the paper's ablation, and what its reviewers asked for.
+
+    python -m experiments.ablation multiomics --seeds 5 --dataset rosmap --data-dir DIR
+
+Every variant differs from the experiment's own DEQ fusion in the one thing that its name says, and
+is trained with the same seeds. The folder of the run holds `ablation.json`, one row a variant and
+seed, `ablation.md` and `ablation.png`; with the same `--run-dir` a run that was stopped goes on.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+
+from deq_fusion_jax.baselines import WeightTied
+from experiments import figures
+from experiments.ablation_report import DEEP, ablation_table, spreads
+from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
+from experiments.cli import Parser
+from experiments.config import CommonConfig
+from experiments.errors import InputError, exit_cleanly
+from experiments.report import config_to_dict, versions, write_json, write_text
+from experiments.run import Job
+from experiments.task import Task, Variables, evaluate
+from experiments.train import Fitted, fit, run_epochs
+
+EXPERIMENTS = ("multiomics", "features")
+
+
+# --- one variant and seed ----------------------------------------------------------------------
+
+
+def trained(module: Any, base: CommonConfig, variant: Variant, seed: int) -> dict[str, Any]:
+    """Trains a variant, looks at the test rows, and measures; a row of `ablation.json`."""
+    config = dataclasses.replace(base, seed=seed, **variant.config)
+    job: Job = module.job(config, variant.fusion)
+    validation, test = job.dataset.validation, job.dataset.test
+    assert validation is not None
+    fitted = fit(job.task, job.optimiser, job.dataset.train, validation, job.schedule, seed)
+    result = evaluate(job.task, fitted.best, test)
+    assert result.stats is not None
+    removed = {}
+    for name, x in test.inputs.items():
+        without = test._replace(inputs=test.inputs | {name: np.full_like(x, np.nan)})
+        removed[name] = evaluate(job.task, fitted.best, without).metrics
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "metrics": result.metrics,
+        "epoch": fitted.best_epoch,
+        "converged": float(result.stats.converged.mean()),
+        "steps": float(result.stats.steps.mean()),
+        "spectral_radius": spectral_radius(job.task, fitted.best, test.inputs),
+        "without": removed,
+        "deep": deepened(job, fitted.best),
+        **cost(job, fitted),
+    }
+
+
+def spectral_radius(task: Task, variables: Variables, inputs: Mapping[str, Any]) -> float:
+    """Of the whole map at the state that the solver returns; mean over the rows."""
+    rngs = {"radius": jax.random.key(0)}
+    prediction: Any = jax.jit(task.model.apply)(variables._asdict(), inputs, rngs=rngs)
+    return float(prediction.fusion.spectral_radius.mean())
+
+
+def deepened(job: Job, variables: Variables) -> dict[str, Any] | None:
+    """A weight-tied unroll continued to DEEP steps: its scores, and the share that converges."""
+    model: Any = job.task.model
+    if not isinstance(model.fusion, WeightTied):
+        return None
+    deep = model.clone(fusion=model.fusion.clone(steps=DEEP))
+    result = evaluate(dataclasses.replace(job.task, model=deep), variables, job.dataset.test)
+    assert result.stats is not None
+    return {"metrics": result.metrics, "converged": float(result.stats.converged.mean())}
+
+
+def cost(job: Job, fitted: Fitted, steps: int = 10, rounds: int = 3) -> dict[str, float]:
+    """Milliseconds a training step at the end of training, and megabytes of temporaries."""
+    train, size = jax.device_put(job.dataset.train), job.schedule.batch_size
+    size = min(size, len(train.labels))
+    epochs = -(-steps // (len(train.labels) // size))
+    arguments = (job.task, job.optimiser, fitted.last, train, size, epochs)
+    compiled: Any = run_epochs.lower(*arguments).compile()
+    seconds = []
+    for _ in range(rounds):
+        state = jax.tree.map(lambda x: x.copy(), fitted.last)  # the step takes it over
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(state, train))
+        seconds.append(time.perf_counter() - start)
+    done = epochs * (len(train.labels) // size)
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return {"ms_per_step": 1e3 * statistics.median(seconds) / done, "temporaries_mb": memory / 1e6}
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The ablation's own options, and the rest, which are the experiment's."""
+    parser = Parser(
+        prog="python -m experiments.ablation",
+        allow_abbrev=False,
+        description="Trains variants of an experiment's DEQ fusion and prints one table.",
+        epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--parts", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
+    parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/ablation")
+    options, rest = parser.own_and_rest(args, ("--seed", "--fusion", "--resume", "--no-resume"))
+    if options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
+    return options, rest
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> str:
+    """Trains what is missing, writes the folder, and returns the table."""
+    module: Any = importlib.import_module(f"experiments.{options.experiment}")
+    base: CommonConfig = module.parse_args(rest)
+    folder = options.run_dir or Path("runs/ablation") / time.strftime("%Y%m%d-%H%M%S")
+    settings = {"experiment": options.experiment, "config": config_to_dict(base)}
+    rows = finished(folder / "ablation.json", settings)
+    done = {(row["variant"], row["seed"]) for row in rows}
+    variants = [REFERENCE, *(v for part in options.parts for v in VARIANTS[part])]
+    missing = [
+        (variant, seed)
+        for variant in variants
+        for seed in range(options.seeds)
+        if (variant.name, seed) not in done
+    ]
+    with Progress() as progress:
+        bar = progress.add_task("", total=len(missing))
+        for variant, seed in missing:
+            progress.update(bar, description=f"{variant.name}, seed {seed}")
+            rows.append(trained(module, base, variant, seed))
+            settings["versions"] = versions()
+            write_json(folder / "ablation.json", {**settings, "rows": rows})
+            progress.advance(bar)
+    table = ablation_table(rows, f"{options.experiment}: variants of DEQ fusion")
+    write_text(folder / "ablation.md", table)
+    figures.ablation(spreads(rows), REFERENCE.name).savefig(folder / "ablation.png", dpi=150)
+    print(f"Folder: {folder}")
+    return table
+
+
+def finished(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run that was stopped.
+
+    Raises:
+      InputError: they were made with other options, or cannot be read.
+    """
+    if not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        same = all(saved[name] == value for name, value in settings.items())
+        rows = saved["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give another --run-dir") from error
+    if not same:
+        raise InputError(f"{path} was made with other options; give another --run-dir")
+    return rows
+
+
+@exit_cleanly()
+def main() -> None:
+    options, rest = parse_args(sys.argv[1:])
+    Console().print(Markdown(run(options, rest)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`ablation.md`: what the variants score and cost, deeper unrolls, and modalities removed."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.ablation_variants import REFERENCE, VARIANTS
+from experiments.evaluate import mean_std
+from experiments.report import markdown_table, number, percent, spread
+
+Row = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Row]]
+
+DEEP = 200  # steps that a weight-tied unroll is continued to after its training
+SCORES = "Test scores of the epoch with the best validation score, mean ± standard deviation"
+COSTS = """\
+Means over seeds and test rows: share converged to the tolerance, evaluations of the map or steps
+of the unroll, spectral radius of its Jacobian where they ended; median milliseconds of a training
+step, and megabytes of its temporaries."""
+
+
+def by_variant(rows: Sequence[Row]) -> Groups:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def spreads(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{metric: {variant: {"mean", "std"}}} over the seeds."""
+    return {
+        metric: {
+            name: mean_std([row["metrics"][metric] for row in group])
+            for name, group in by_variant(rows).items()
+        }
+        for metric in rows[0]["metrics"]
+    }
+
+
+def ablation_table(rows: Sequence[Row], title: str) -> str:
+    """The whole page in Markdown."""
+    groups, seeds = by_variant(rows), len({row["seed"] for row in rows})
+    parts = [
+        (f"{SCORES} (ddof = 1) over {seeds} seeds.", scores(groups)),
+        (COSTS, costs(groups)),
+        (f"Weight-tied unrolls, continued to {DEEP} steps after their training.", deeper(groups)),
+        ("A modality missing in every test row.", removed(groups)),
+    ]
+    lines = [f"# {title}"]
+    for text, table in parts:
+        if len(table) > 1:
+            lines += ["", text, "", markdown_table(table)]
+    return "\n".join(lines) + "\n"
+
+
+def scores(groups: Groups) -> list[list[str]]:
+    metrics = _metrics(groups)
+    rows = [[name, *_spreads(group, metrics, "metrics")] for name, group in groups.items()]
+    return [["variant", *metrics], *rows]
+
+
+def costs(groups: Groups) -> list[list[str]]:
+    def cells(group: Sequence[Row]) -> list[str]:
+        converged, steps, radius, megabytes = (
+            statistics.fmean(row[key] for row in group)
+            for key in ("converged", "steps", "spectral_radius", "temporaries_mb")
+        )
+        milliseconds = statistics.median(row["ms_per_step"] for row in group)
+        figures = (steps, 1), (radius, 2), (milliseconds, 1), (megabytes, 1)
+        return [percent(converged), *(number(value, digits) for value, digits in figures)]
+
+    header = ["variant", "converged", "steps", "radius", "ms a step", "MB"]
+    return [header, *([name, *cells(group)] for name, group in groups.items())]
+
+
+def deeper(groups: Groups) -> list[list[str]]:
+    metrics = _metrics(groups)
+    table = [["trained as", *metrics, "converged"]]
+    for name, group in groups.items():
+        if all(row["deep"] for row in group):
+            converged = statistics.fmean(row["deep"]["converged"] for row in group)
+            deep = [row["deep"] for row in group]
+            table.append([name, *_spreads(deep, metrics, "metrics"), percent(converged)])
+    return table
+
+
+def removed(groups: Groups) -> list[list[str]]:
+    """The last metric with each of the modalities gone."""
+    table = [["trained as", "metric", "all there"]]
+    for name in (REFERENCE.name, *(variant.name for variant in VARIANTS["missing"])):
+        group = groups.get(name, [])
+        for metric in _metrics(groups)[-1:] if group else ():
+            without = [f"no {modality}" for modality in group[0]["without"]]
+            table[0][3:] = without
+            gone = [
+                spread(mean_std([row["without"][modality][metric] for row in group]))
+                for modality in group[0]["without"]
+            ]
+            table.append([name, metric, *_spreads(group, [metric], "metrics"), *gone])
+    return table
+
+
+def _metrics(groups: Groups) -> list[str]:
+    return list(next(iter(groups.values()))[0]["metrics"])
+
+
+def _spreads(rows: Sequence[Row], metrics: Sequence[str], key: str) -> list[str]:
+    return [spread(mean_std([row[key][metric] for row in rows])) for metric in metrics]
