@@ -15,8 +15,8 @@ DEEP = 200  # steps that a weight-tied unroll is continued to after its training
 SCORES = "Test scores of the epoch with the best validation score, mean ± standard deviation"
 COSTS = """\
 Means over seeds and test rows: share converged to the tolerance, evaluations of the map or steps
-of the unroll, spectral radius of its Jacobian where they ended; median milliseconds of a training
-step, and megabytes of its temporaries."""
+of the unroll, spectral radius of its Jacobian where they ended. Milliseconds of a training step at
+the end of training, and megabytes of its temporaries, of seed 0."""
 
 
 def by_variant(rows: Sequence[Row]) -> Groups:
@@ -61,12 +61,12 @@ def scores(groups: Groups) -> list[list[str]]:
 
 def costs(groups: Groups) -> list[list[str]]:
     def cells(group: Sequence[Row]) -> list[str]:
-        converged, steps, radius, megabytes = (
+        converged, steps, radius = (
             statistics.fmean(row[key] for row in group)
-            for key in ("converged", "steps", "spectral_radius", "temporaries_mb")
+            for key in ("converged", "steps", "spectral_radius")
         )
-        milliseconds = statistics.median(row["ms_per_step"] for row in group)
-        figures = (steps, 1), (radius, 2), (milliseconds, 1), (megabytes, 1)
+        cost = next(row["cost"] for row in group if row["cost"])
+        figures = (steps, 1), (radius, 2), (cost["ms_per_step"], 1), (cost["temporaries_mb"], 1)
         return [percent(converged), *(number(value, digits) for value, digits in figures)]
 
     header = ["variant", "converged", "steps", "radius", "ms a step", "MB"]
@@ -86,17 +86,16 @@ def deeper(groups: Groups) -> list[list[str]]:
 
 def removed(groups: Groups) -> list[list[str]]:
     """The last metric with each of the modalities gone."""
-    table = [["trained as", "metric", "all there"]]
+    metric, table = _metrics(groups)[-1], [["trained as"]]
     for name in (REFERENCE.name, *(variant.name for variant in VARIANTS["missing"])):
-        group = groups.get(name, [])
-        for metric in _metrics(groups)[-1:] if group else ():
-            without = [f"no {modality}" for modality in group[0]["without"]]
-            table[0][3:] = without
+        if group := groups.get(name):
+            modalities = list(group[0]["without"])
+            table[0] = [f"{metric}, trained as", "all there", *(f"no {m}" for m in modalities)]
             gone = [
                 spread(mean_std([row["without"][modality][metric] for row in group]))
-                for modality in group[0]["without"]
+                for modality in modalities
             ]
-            table.append([name, metric, *_spreads(group, [metric], "metrics"), *gone])
+            table.append([name, *_spreads(group, [metric], "metrics"), *gone])
     return table
 
 

@@ -28,7 +28,7 @@ from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_rows
 from experiments.report import comparison_table, write_json, write_text
 
-EXPERIMENTS = ("mmimdb", "multiomics", "features")
+EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
