@@ -117,7 +117,7 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--parts", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--parts", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
     parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/ablation")
     options, rest = parser.own_and_rest(args, ("--seed", "--fusion", "--resume", "--no-resume"))

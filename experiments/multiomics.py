@@ -50,6 +50,7 @@ class Config(PublishedConfig):
       dropout: rate in the encoders.
       learning_rate: of Adam.
       weight_decay: added to the gradient (L2).
+      sample: synthetic rows in the shapes of the data set, to see that it runs, and how fast.
       split: published, or random: 70 % of all rows train and 30 % test, drawn by the seed.
       modality_dropout: rate at which a modality of a row is hidden in training.
       validation: share of the training rows that selects the epoch.
@@ -59,6 +60,7 @@ class Config(PublishedConfig):
 
     epochs: int = 300
     dataset: Literal["rosmap", "brca"] = "rosmap"
+    sample: bool = False
     split: Literal["published", "random"] = "published"
     features: int = 300
     dropout: float = 0.5
@@ -72,6 +74,8 @@ class Config(PublishedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        real = self.data_dir or self.download
+        require(not (self.sample and real), "sample", "", "no --data-dir and no --download with it")
         rate = self.modality_dropout
         require(0 <= rate < 1, "modality_dropout", rate, "0 or more and less than 1")
         require(0 < self.validation < 1, "validation", self.validation, "a share between 0 and 1")
@@ -147,6 +151,12 @@ def prepare(dataset: Dataset, config: Config) -> Dataset:
     return dataset._replace(train=train, validation=validation, test=test)
 
 
+def read(config: Config) -> Dataset:
+    if config.sample:
+        return multiomics.sample(config.dataset)
+    return multiomics.load(config.dataset, config.data_dir, config.cache_dir, config.download)
+
+
 @functools.cache
 def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
     """Adam with an L2 penalty, one object for equal rates, so that seeds share a compiled step."""
@@ -159,7 +169,7 @@ def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransf
 
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
-    source = multiomics.load(config.dataset, config.data_dir, config.cache_dir, config.download)
+    source = read(config)
     if config.split == "random":
         source = redraw(source, config.seed)
     dataset = prepare(source, config)

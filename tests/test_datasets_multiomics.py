@@ -89,6 +89,24 @@ class TestLoad:
         with pytest.raises(InputError, match=r"labels_te.csv of ROSMAP; ask for the download"):
             multiomics.load("rosmap", None, cache)
 
+    @pytest.mark.parametrize("name", ["rosmap", "brca"])
+    def test_a_synthetic_copy_has_the_shapes_of_the_published_data(self, name):
+        """The counts are those of the published labels; the widths those of the paper."""
+        data, again = multiomics.sample(name), multiomics.sample(name)
+        folder = shared({"rosmap": "rosmap", "brca": "brca_partial"}[name])
+        labels = np.loadtxt(folder / "labels_tr.csv").astype(int)
+        assert tuple(np.bincount(labels)) == multiomics.COHORTS[name].frequencies
+        assert len(data.train.labels) == len(labels)
+        assert len(data.test.labels) == len(np.loadtxt(folder / "labels_te.csv"))
+        widths = {"rosmap": [200, 200, 200], "brca": [1000, 1000, 503]}[name]
+        assert [x.shape[1] for x in data.train.inputs.values()] == widths
+        assert "sample (synthetic)" in data.description and data.validation is None
+        share = np.bincount(data.train.labels) / len(labels)
+        np.testing.assert_allclose(share, np.bincount(labels) / len(labels), atol=0.06)
+        np.testing.assert_array_equal(data.test.inputs["miRNA"], again.test.inputs["miRNA"])
+        x = data.train.inputs["mRNA"]
+        assert x.min() >= 0 and x.max() <= 1 and x.dtype == np.float32
+
     def test_unknown_name(self):
         with pytest.raises(InputError, match="'tcga': rosmap and brca are"):
             multiomics.load("tcga")

@@ -17,6 +17,8 @@ from sklearn.model_selection import StratifiedKFold
 from deq_fusion_jax.baselines import Sum
 from experiments import multiomics
 from experiments.datasets import Dataset, Split
+from experiments.datasets import multiomics as files
+from experiments.datasets.preprocess import redraw
 
 ROOT = Path(__file__).resolve().parents[1]
 ROSMAP = ROOT.parent / "shared" / "data" / "rosmap"
@@ -127,6 +129,53 @@ def test_files_of_the_same_form(main, made_up, tmp_path):
     )
 
 
+def test_random_splits_are_of_all_rows_and_keep_the_classes(home, made_up):
+    source = files.load("rosmap", made_up, home / "cache")
+    one, other = (redraw(source, seed) for seed in (0, 1))
+
+    def rows(*parts):
+        return sorted(map(tuple, np.concatenate([part.inputs["mRNA"] for part in parts]).tolist()))
+
+    for drawn in (one, other):
+        assert (len(drawn.train.labels), len(drawn.test.labels)) == (42, 18)  # 70/30 of 60
+        assert drawn.train.labels.sum() == 21 and drawn.test.labels.sum() == 9
+        assert rows(drawn.train, drawn.test) == rows(source.train, source.test)
+        assert drawn.name == "ROSMAP, random splits"
+    assert rows(one.test) != rows(other.test)
+
+
+def test_random_splits_and_both_other_selections_are_reported(main, made_up, tmp_path):
+    run_dir = tmp_path / "run"
+    status, _, err = main(
+        "--data-dir", made_up, "--fusion", "sum", "--epochs", 6, "--evaluate-every", 2,
+        "--run-dir", run_dir, "--split", "random", "--official-selection",
+    )  # fmt: skip
+    assert status == 0, err
+    results, history, report = read(run_dir)
+    assert results["dataset"] == "ROSMAP, random splits"
+    assert results["selection"] == "validation"
+    assert results["last_epoch"] == pytest.approx(history[-1]["test"])
+    assert results["best_on_test"]["auc"] == max(row["test"]["auc"] for row in history)
+    assert "best epoch ON TEST" in report and "test, last epoch" in report
+
+
+def test_a_row_of_nan_is_a_missing_modality():
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.random((6, 5), np.float32) for name in ("a", "b")}
+    model = multiomics.OmicsModel(Sum(4), 4, 3)
+    params = model.init(jax.random.key(0), inputs)["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    out, zero = (
+        model.apply({"params": params}, inputs | {"b": np.full((6, 5), value, np.float32)})
+        for value in (np.nan, 0)
+    )
+    _, confidence, _ = out.extras["a"]
+    whole = model.apply({"params": params}, inputs)
+    np.testing.assert_allclose(confidence, whole.extras["a"][1], rtol=1e-5)
+    assert np.isfinite(out.logits).all()
+    assert float(jnp.abs(out.logits - zero.logits).min()) > 0  # 0 is a value, NaN is none
+
+
 def test_validation_rows_come_from_train_and_scale_nothing():
     rng = np.random.default_rng(0)
 
@@ -223,6 +272,8 @@ class TestBadInput:
             (["--validation", 1.5], "--validation 1.5: expected a share"),
             (["--validation", 0], "--validation 0.0: expected a share"),
             (["--evaluate-every", 0], "evaluate"),
+            (["--modality-dropout", 1], "--modality-dropout 1.0: expected 0 or more"),
+            (["--sample"], "--sample"),
             (["--resume", "--run-dir", "nowhere"], "nothing to resume"),
         ],
     )

@@ -34,9 +34,14 @@ _SUFFIXES = {"train": "tr", "test": "te"}
 
 
 class Cohort(NamedTuple):
-    """One of the data sets; ``files`` gives name → (bytes, git blob SHA-1) as published."""
+    """One of the data sets; ``files`` gives name → (bytes, git blob SHA-1) as published.
+
+    ``rows`` are those of train and test, ``frequencies`` the training rows by class.
+    """
 
     name: str
+    rows: tuple[int, int]
+    frequencies: tuple[int, ...]
     widths: tuple[int, int, int]
     classes: tuple[str, ...]
     files: dict[str, tuple[int, str]]
@@ -45,6 +50,8 @@ class Cohort(NamedTuple):
 COHORTS = {
     "rosmap": Cohort(
         "ROSMAP",
+        (245, 106),
+        (118, 127),
         (200, 200, 200),
         ("Normal control", "Alzheimer's disease"),
         {
@@ -60,6 +67,8 @@ COHORTS = {
     ),
     "brca": Cohort(
         "BRCA",
+        (612, 263),
+        (80, 92, 32, 305, 103),
         (1000, 1000, 503),
         ("Normal-like", "Basal-like", "HER2-enriched", "Luminal A", "Luminal B"),
         {
@@ -142,6 +151,30 @@ def load(
     )
     train, test = (_to_split(read_split(builder, split)) for split in _SUFFIXES)
     return Dataset(cohort.name, "real", cohort.classes, train, None, test)
+
+
+def sample(name: str, seed: int = 0) -> Dataset:
+    """Synthetic rows in the shapes of "rosmap" or "brca", to see that the code runs, and how fast.
+
+    Classes are as frequent as in the published training rows. A tenth of the features of every
+    modality is uniform noise around the class's own mean, the others uniform noise.
+    """
+    cohort, rng = COHORTS[name.lower()], np.random.default_rng(seed)
+    means = [rng.random((len(cohort.classes), width // 10)) for width in cohort.widths]
+
+    def rows(count: int) -> Split:
+        share = np.array(cohort.frequencies) / sum(cohort.frequencies)
+        labels = rng.choice(len(share), count, p=share).astype(np.int32)
+        labels[: len(share)] = np.arange(len(share))  # each at least once
+        inputs = {}
+        for modality, width, mean in zip(MODALITIES, cohort.widths, means, strict=True):
+            x = rng.random((count, width))
+            x[:, : mean.shape[1]] = (x[:, : mean.shape[1]] + 0.3 * mean[labels]) / 1.3
+            inputs[modality] = x.astype(np.float32)
+        return Split(inputs, labels)
+
+    train, test = (rows(count) for count in cohort.rows)
+    return Dataset(cohort.name, "sample", cohort.classes, train, None, test)
 
 
 def remotes(cohort: Cohort) -> list[Remote]:
