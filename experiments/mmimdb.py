@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.core import FrozenDict
 
 from experiments.cli import parse
 from experiments.config import PublishedConfig, build_fusion, require
@@ -98,7 +99,7 @@ def modalities(config: Config) -> tuple[str, ...]:
 class MMIMDBModel(nn.Module):
     """An encoder per modality → fusion → linear: {"text", "image"} → logits [N, 23]."""
 
-    encoders: dict[str, nn.Module]
+    encoders: FrozenDict[str, nn.Module]  # hashable, as a task is
     fusion: nn.Module
     classes: int = 23
 
@@ -177,7 +178,7 @@ def run(config: Config) -> Results:
     dataset, encoders = read(config)
     fusion = build_fusion(config, tuple(encoders))
     task = Task(
-        MMIMDBModel(encoders, fusion, len(dataset.classes)),
+        MMIMDBModel(FrozenDict(encoders), fusion, len(dataset.classes)),
         loss,
         multilabel_metrics,
         sigmoid,

@@ -100,39 +100,29 @@ def data(tmp_path_factory):
     return write_rosmap(tmp_path_factory.mktemp("ablation") / "data")
 
 
-def options(data, folder, *more):
-    return [
-        "multiomics", "--data-dir", data, "--cache-dir", folder.parent / "cache", "--features", 8,
-        "--epochs", 4, "--evaluate-every", 2, "--run-dir", folder, "--seeds", 1, *more,
-    ]  # fmt: skip
-
-
 def test_a_run_is_measured_and_goes_on(main, data, tmp_path):
     folder = tmp_path / "ablation"
-    args = options(data, folder, "--parts", "missing")
-    status, out, err = main(*args)
-    assert status == 0 and "modality dropout" in out, err
-    saved = json.loads((folder / "ablation.json").read_text())
-    assert [(row["variant"], row["seed"]) for row in saved["rows"]] == [
-        ("DEQ", 0),
-        ("modality dropout 0.3", 0),
-    ]
-    for row in saved["rows"]:
-        assert set(row["metrics"]) == {"accuracy", "f1", "auc"}
-        assert set(row["without"]) == {"mRNA", "methylation", "miRNA"}
-        assert row["cost"]["ms_per_step"] > 0 and row["cost"]["temporaries_mb"] > 0
-        assert row["deep"] is None
-        assert 0 <= row["converged"] <= 1 and 0 < row["spectral_radius"] < 10
-    assert (folder / "ablation.png").exists()
-    before = (folder / "ablation.json").read_text()
-    one_less = json.loads(before)
-    one_less["rows"].pop(0)
-    (folder / "ablation.json").write_text(json.dumps(one_less))
-    assert main(*args)[0] == 0
-    again = json.loads((folder / "ablation.json").read_text())["rows"]
-    assert again[0] == saved["rows"][1]
-    assert again[1]["metrics"] == saved["rows"][0]["metrics"]  # the same seed, the same result
-    status, _, err = main(*args, "--learning-rate", 0.5)
+
+    def run(seeds, *more):
+        return main(
+            "multiomics", "--data-dir", data, "--cache-dir", tmp_path / "cache", "--features", 8,
+            "--epochs", 4, "--evaluate-every", 2, "--run-dir", folder, "--seeds", seeds, *more,
+            "--parts",
+        )  # fmt: skip
+
+    status, out, err = run(1)
+    assert status == 0 and "variants of DEQ fusion" in out, err
+    (row,) = json.loads((folder / "ablation.json").read_text())["rows"]
+    assert (row["variant"], row["seed"]) == ("DEQ", 0)
+    assert set(row["metrics"]) == {"accuracy", "f1", "auc"}
+    assert set(row["without"]) == {"mRNA", "methylation", "miRNA"}
+    assert row["cost"]["ms_per_step"] > 0 and row["cost"]["temporaries_mb"] > 0
+    assert 0 <= row["converged"] <= 1 and 0 < row["spectral_radius"] < 10 and row["deep"] is None
+    assert (folder / "ablation.png").exists() and (folder / "ablation.md").exists()
+    assert run(2)[0] == 0  # the first is there
+    first, second = json.loads((folder / "ablation.json").read_text())["rows"]
+    assert first == row and second["seed"] == 1
+    status, _, err = run(2, "--learning-rate", 0.5)
     assert status == 2 and "other options" in err and err.count("\n") == 1
 
 

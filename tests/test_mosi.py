@@ -66,12 +66,12 @@ class TestUtterances:
     def test_files_of_the_same_form(self, main, made_up, tmp_path):
         """The first features of every modality tell the class: a few epochs learn it."""
         status, _, err = main(
-            "--data-dir", made_up, "--epochs", 20, "--context", 1,
+            "--data-dir", made_up, "--epochs", 20, "--context", 1, "--fusion", "concat",
             "--learning-rate", 1e-2, "--run-dir", tmp_path / "run", "--corruption", 0.1, 0.1, 0.1,
         )  # fmt: skip
         assert status == 0 and "Traceback" not in err
         results = results_of(tmp_path / "run")
-        assert results["test"]["auc"] > 0.9 and results["solver"]["converged"] == 1
+        assert results["test"]["auc"] > 0.9 and results["solver"] is None
 
     def test_parts(self, made_up, home):
         train, test = data.load(made_up, home / "cache")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
@@ -443,7 +444,7 @@ class TestStep:
         config = mmimdb.Config(features=8, fusion_rate=fusion_rate, weight_decay=0.3)
         config = dataclasses.replace(config, learning_rate=0.02)
         encoders = {name: MaxoutMLP((8,)) for name in ("text", "image")}
-        model = mmimdb.MMIMDBModel(encoders, build_fusion(config, ("text", "image")))
+        model = mmimdb.MMIMDBModel(FrozenDict(encoders), build_fusion(config, ("text", "image")))
         inputs = {"text": np.ones((2, 3), np.float32), "image": np.ones((2, 5), np.float32)}
         shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
         rng = np.random.default_rng(0)
