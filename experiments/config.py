@@ -202,6 +202,8 @@ def command_line(experiment: str, config: CommonConfig) -> str:
     unnamed: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value is False and field.default is True:
+            named.append(f"--no-{field.name.replace('_', '-')}")
         if field.name in config.UNSAID or value is None or value is False:
             continue
         words = () if value is True else map(str, value if isinstance(value, tuple) else (value,))

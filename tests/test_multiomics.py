@@ -148,7 +148,7 @@ def test_random_splits_and_both_other_selections_are_reported(main, made_up, tmp
     run_dir = tmp_path / "run"
     status, _, err = main(
         "--data-dir", made_up, "--fusion", "sum", "--epochs", 6, "--evaluate-every", 2,
-        "--run-dir", run_dir, "--split", "random", "--official-selection",
+        "--run-dir", run_dir, "--split", "random", "--official-selection", "--no-detach",
     )  # fmt: skip
     assert status == 0, err
     results, history, report = read(run_dir)
@@ -157,6 +157,7 @@ def test_random_splits_and_both_other_selections_are_reported(main, made_up, tmp
     assert results["last_epoch"] == pytest.approx(history[-1]["test"])
     assert results["best_on_test"]["auc"] == max(row["test"]["auc"] for row in history)
     assert "best epoch ON TEST" in report and "test, last epoch" in report
+    assert "--no-detach" in report and "--official-selection" in report
 
 
 def test_a_row_of_nan_is_a_missing_modality():
