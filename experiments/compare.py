@@ -25,7 +25,7 @@ from deq_fusion_jax.baselines import FUSIONS
 from experiments.cli import Parser
 from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import Results, compare_rows
+from experiments.evaluate import Results, compare_floors, compare_rows
 from experiments.report import comparison_table, write_json, write_text
 
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
@@ -88,7 +88,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
                 resume=(run_dir / "config.json").exists(),
             )
             rows.append(finished(options.experiment, config, run_dir) or experiment.run(config))
-    write_json(folder / "compare.json", {"rows": rows, "fusions": compare_rows(rows)})
+    groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
+    write_json(folder / "compare.json", {"rows": rows, **groups})
     write_text(folder / "compare.md", comparison_table(rows))
     return rows
 

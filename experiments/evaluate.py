@@ -41,6 +41,7 @@ class Results(TypedDict):
     validation: Metrics
     last_epoch: Metrics  # on test
     best_on_test: Metrics | None  # of the epoch with the best TEST score, where it was asked for
+    floors: Mapping[str, Metrics]  # test scores of simpler models: what a fusion has to beat
     solver: Metrics | None  # converged (fraction), mean_steps, residual; None: nothing is solved
     parameters: int
     seconds: float
@@ -202,6 +203,20 @@ def compare_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         groups.setdefault(row["fusion"], []).append(row)
     return [_over_seeds(fusion, group) for fusion, group in groups.items()]
+
+
+def compare_floors(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The floors of the rows in the same form; those of a seed are the same for all its fusions."""
+    seeds = {row["seed"]: row.get("floors") or {} for row in rows}
+    return [
+        {
+            "fusion": name,
+            "n": len(found),
+            "test": {metric: mean_std([s[metric] for s in found]) for metric in found[0]},
+        }
+        for name in dict.fromkeys(name for floors in seeds.values() for name in floors)
+        if (found := [floors[name] for floors in seeds.values() if name in floors])
+    ]
 
 
 def _over_seeds(fusion: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     )
     optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    return Job("features", dataset, task, optimiser, schedule, floors(dataset, target))
+    return Job("features", dataset, task, optimiser, schedule, *floors(dataset, target))
 
 
 def run(config: Config) -> Results:

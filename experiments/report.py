@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.evaluate import Metrics, Results, compare_rows, defined
+from experiments.evaluate import Metrics, Results, compare_floors, compare_rows, defined
 
 SELECTION = {
     "validation": "Scores are of the epoch with the best validation score.",
@@ -99,19 +99,15 @@ def report_markdown(
     per_class: Mapping[str, Metrics] | None = None,
     *,
     command: str,
-    floors: Mapping[str, Metrics] | None = None,
     figures: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """`report.md`: results, classes, solver, figures ({"figures/x.png": caption}), notes, set-up.
-
-    `floors` are further rows of test scores, such as {"floor: frequent genres": {...}}.
-    """
+    """`report.md`: results, classes, solver, figures ({"figures/x.png": caption}), notes, set-up."""
     lines = [f"# {title(results)}", "", SELECTION[results["selection"]]]
     if results["data"] == "sample":
         lines.append("The data are synthetic: the scores show that the code runs, nothing more.")
     lines += ["", "```", command, "```", "", "## Results", ""]
-    lines += [markdown_table(_scores(results, floors)), ""]
+    lines += [markdown_table(_scores(results)), ""]
     lines += [f"- {line}" for line in _summary(results, per_class)]
     if per_class:
         ranked = [[n, number(s["f1"]), number(s["support"])] for n, s in _ranked(per_class)]
@@ -134,14 +130,13 @@ def print_results(
     run_dir: Path,
     per_class: Mapping[str, Metrics] | None = None,
     *,
-    floors: Mapping[str, Metrics] | None = None,
     console: Console | None = None,
 ) -> None:
     """The outcome of a run on the terminal, within 80 columns."""
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False)
     say(title(results), style="bold")
-    for header, *rows in _blocks(_scores(results, floors), width=78):
+    for header, *rows in _blocks(_scores(results), width=78):
         table = Table(header[0])
         for name in header[1:]:
             table.add_column(name, justify="right", no_wrap=True)
@@ -172,11 +167,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
             yield [f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)]
 
 
-def _scores(results: Results, floors: Mapping[str, Metrics] | None) -> list[list[str]]:
+def _scores(results: Results) -> list[list[str]]:
     named = {"validation": results["validation"], "test": results["test"]}
     selections: Mapping[str, Any] = results
     named |= {name: selections.get(key) or {} for key, name in OTHER_SELECTIONS.items()}
-    named |= floors or {}
+    named |= selections.get("floors") or {}
     metrics = list(results["test"] or results["validation"])
     rows = [[name, *(number(s.get(m)) for m in metrics)] for name, s in named.items() if s]
     return [["scores", *metrics], *rows]
@@ -250,7 +245,7 @@ def comparison_table(rows: Sequence[Results]) -> str:
     lines = [f"# {rows[0]['experiment']}: fusions compared, {_data(rows[0])}", ""]
     lines += ["Test scores, mean ± standard deviation (ddof = 1) over n seeds.  "]
     lines += [SELECTION[rows[0]["selection"]], ""]
-    lines += [_spreads(groups, "test", metrics), ""]
+    lines += [_spreads([*groups, *compare_floors(rows)], "test", metrics), ""]
     for part, selection in (("last_epoch", "last"), ("best_on_test", "test")):
         if any(group[part] for group in groups):
             lines += [SELECTION[selection], "", _spreads(groups, part, metrics), ""]

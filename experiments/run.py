@@ -51,6 +51,7 @@ class Job(NamedTuple):
       dataset: with its validation split.
       task, optimiser, schedule: what to learn, and how.
       floors: further rows of the table: {name: test metrics}.
+      notes: sentences for the terminal and the report.
     """
 
     experiment: str
@@ -59,6 +60,7 @@ class Job(NamedTuple):
     optimiser: optax.GradientTransformation
     schedule: Schedule
     floors: Mapping[str, Metrics] = {}
+    notes: Sequence[str] = ()
 
 
 def execute(job: Job, config: CommonConfig) -> Results:
@@ -69,6 +71,8 @@ def execute(job: Job, config: CommonConfig) -> Results:
     validation = job.dataset.validation
     assert validation is not None
     started = time.monotonic()
+    for note in job.notes:
+        print(note)
     rows: list[str] = []
     with _progress(job, config) as show:
 
@@ -102,6 +106,7 @@ def execute(job: Job, config: CommonConfig) -> Results:
         validation=on_validation.metrics,
         last_epoch=last_epoch.metrics,
         best_on_test=best_on_test(fitted.history, job.task.monitor),
+        floors=job.floors,
         solver=_solver_summary(on_test),
         parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
         seconds=fitted.history[-1]["seconds"],
@@ -117,12 +122,11 @@ def execute(job: Job, config: CommonConfig) -> Results:
         fitted.history,
         per_class,
         command=command_line(job.experiment, config),
-        floors=job.floors,
         figures=drawn,
-        notes=_notes(fitted, job),
+        notes=[*_notes(fitted, job), *job.notes],
     )
     write_text(run_dir / "report.md", text)
-    print_results(results, run_dir, per_class, floors=job.floors)
+    print_results(results, run_dir, per_class)
     print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
 

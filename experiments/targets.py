@@ -114,13 +114,13 @@ TARGETS: dict[Kind, Callable[[Dataset], Target]] = {
 }
 
 
-def floors(dataset: Dataset, target: Target) -> dict[str, Metrics]:
-    """Test scores of what a fusion has to beat."""
+def floors(dataset: Dataset, target: Target) -> tuple[dict[str, Metrics], list[str]]:
+    """Test scores of what a fusion has to beat, and notes on what is not among them."""
     (blind, scores), (name, predict) = target.floor, target.linear
-    found = {blind: scores}
+    found, notes = {blind: scores}, []
     try:
         predictions = predict(dataset.train, dataset.test)
         found[name] = target.metrics(dataset.test.labels, predictions)
     except InputError as why:
-        print(f"No {name} beside the result: {why}.")
-    return found
+        notes.append(f"No {name} beside the result: {why}.")
+    return found, notes

@@ -57,7 +57,7 @@ def main(run_command):
 class TestTable:
     def test_rows_are_the_results_of_the_runs(self, done):
         written = json.loads((done.folder / "compare.json").read_text())
-        assert set(written) == {"rows", "fusions"} and written["rows"] == done.rows
+        assert set(written) == {"rows", "fusions", "floors"} and written["rows"] == done.rows
         expected = [result(done.folder, name) for name in NAMES]
         assert sorted(written["rows"], key=lambda r: (r["fusion"], r["seed"])) == expected
         assert {(row["fusion"], row["seed"]) for row in expected} == {

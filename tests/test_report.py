@@ -47,6 +47,7 @@ def row(fusion="deq", seed=0, **changes):
         "selection": "validation",
         "test": {name: float(rng.random()) for name in metrics},
         "validation": {name: float(rng.random()) for name in metrics},
+        "floors": FLOORS,
         "solver": SOLVER if fusion == "deq" else None,
         "parameters": 9_876_543,
         "seconds": 61.5 + seed,
@@ -147,7 +148,6 @@ def full_report(**changes):
         history,
         PER_CLASS,
         command="python -m experiments.mmimdb --seed 0",
-        floors=FLOORS,
         figures={"figures/learning_curve.png": "Loss and scores by epoch"},
         notes=["The audio of 3 clips was missing."],
     )
@@ -203,7 +203,7 @@ def test_many_classes_show_both_ends():
 
 
 def test_terminal_output_fits_and_is_complete():
-    text = printed(row(), Path("runs") / ("x" * 90), PER_CLASS, floors=FLOORS)
+    text = printed(row(), Path("runs") / ("x" * 90), PER_CLASS)
     for promised in [
         "micro_f1",
         "macro_f1",
@@ -265,6 +265,12 @@ def test_one_seed_has_no_deviation_and_an_undefined_score_no_mean():
     }
     text = comparison_table([row(test={"auc": None, "f1": 0.5})])
     assert "±" not in table_lines(text)[2] and "–" in table_lines(text)[2]
+
+
+def test_floors_stand_below_the_fusions_once_a_seed():
+    rows = [row(f, s, floors={"linear": {"micro_f1": 0.4 + s / 10}}) for f in "ab" for s in (0, 1)]
+    table = table_lines(comparison_table(rows))
+    assert table[4].split("|")[1:4] == [" linear ", "   2 ", " 0.450 ± 0.071 "]
 
 
 def test_unequal_seeds_are_said():

@@ -137,7 +137,7 @@ class TestDirectory:
         assert results == deq.results
         assert set(results) == set(Results.__annotations__) == {
             "experiment", "dataset", "data", "fusion", "seed", "selection", "test", "validation",
-            "last_epoch", "best_on_test", "solver", "parameters", "seconds",
+            "last_epoch", "best_on_test", "floors", "solver", "parameters", "seconds",
         }  # fmt: skip
         about = {key: results[key] for key in ("experiment", "dataset", "data", "fusion", "seed")}
         assert about == {
