@@ -102,7 +102,7 @@ def report_markdown(
     figures: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """`report.md`: results, classes, solver, figures ({"figures/x.png": caption}), notes, set-up."""
+    """`report.md`: results, classes, solver, figures ({"figures/x.png": caption}), notes."""
     lines = [f"# {title(results)}", "", SELECTION[results["selection"]]]
     if results["data"] == "sample":
         lines.append("The data are synthetic: the scores show that the code runs, nothing more.")
