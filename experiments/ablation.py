@@ -34,7 +34,7 @@ from experiments.errors import InputError, exit_cleanly
 from experiments.report import config_to_dict, versions, write_json, write_text
 from experiments.run import Job
 from experiments.task import Task, Variables, evaluate
-from experiments.train import Fitted, fit, run_epochs
+from experiments.train import Fitted, fit, refit, run_epochs
 
 EXPERIMENTS = ("multiomics", "features")
 
@@ -46,9 +46,11 @@ def trained(module: Any, base: CommonConfig, variant: Variant, seed: int) -> dic
     """Trains a variant, looks at the test rows, and measures; a row of `ablation.json`."""
     config = dataclasses.replace(base, seed=seed, **variant.config)
     job: Job = module.job(config, variant.fusion)
-    validation, test = job.dataset.validation, job.dataset.test
-    assert validation is not None
-    fitted = fit(job.task, job.optimiser, job.dataset.train, validation, job.schedule, seed)
+    what, test = (job.task, job.optimiser), job.dataset.test
+    assert job.dataset.validation is not None
+    fitted = fit(*what, job.dataset.train, job.dataset.validation, job.schedule, seed)
+    if config.refit:
+        fitted = refit(fitted, *what, job.dataset, job.schedule, seed)
     result = evaluate(job.task, fitted.best, test)
     assert result.stats is not None
     removed = {}

@@ -36,7 +36,9 @@ class CommonConfig:
         features hardly change between epochs, that is without dropout before the fusion (deq).
       dropout: rate in the encoders.
       learning_rate, weight_decay: of the optimiser.
+      average: decay of the running mean of the weights that is evaluated; 0: the weights are.
       patience: evaluations without a better validation score before training stops.
+      refit: train once more on the validation rows too, to the epoch that they selected.
       official_selection: report the epoch with the best TEST score as well, as the paper's code
         does; too good to be a result.
     """
@@ -57,7 +59,9 @@ class CommonConfig:
     dropout: float = 0.3
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    average: float = 0.0
     patience: int = 15
+    refit: bool = False
     official_selection: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +76,7 @@ class CommonConfig:
         rate, decay = self.learning_rate, self.weight_decay
         require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
         require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
+        require(0 <= self.average < 1, "average", self.average, "0 or more and less than 1")
         require(self.patience >= 1, "patience", self.patience, "1 or more")
 
 

@@ -36,7 +36,7 @@ class Results(TypedDict):
     data: Literal["sample", "real"]
     fusion: str
     seed: int
-    selection: Literal["validation", "test", "last"]
+    selection: Literal["validation", "refit", "test", "last"]
     test: Metrics
     validation: Metrics
     last_epoch: Metrics  # on test

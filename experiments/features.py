@@ -224,6 +224,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         target.probabilities,
         monitor=target.monitor,
         jacobian_weight=config.jacobian_weight,
+        average=config.average,
     )
     optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)

@@ -184,6 +184,7 @@ def run(config: Config) -> Results:
         sigmoid,
         monitor="macro_f1",
         jacobian_weight=config.jacobian_weight,
+        average=config.average,
     )
     floor = frequent_labels_floor(dataset.train.labels, dataset.test.labels)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)

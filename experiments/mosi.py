@@ -151,6 +151,7 @@ def utterances_job(config: Config) -> Job:
         softmax,
         monitor="auc",
         jacobian_weight=config.jacobian_weight,
+        average=config.average,
     )
     linear = logistic_regression(train.rows, test.rows, len(mosi.CLASSES))
     floors = {"logistic regression": metrics(test.rows.labels, linear)}
@@ -220,6 +221,7 @@ def aligned_job(config: Config) -> Job:
         scores,
         monitor="pearson",
         jacobian_weight=config.jacobian_weight,
+        average=config.average,
     )
     labels = dataset.test.labels
     mean = np.full_like(labels, dataset.train.labels.mean())

@@ -219,6 +219,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         softmax,
         monitor="auc" if classes == 2 else "macro_f1",
         jacobian_weight=config.jacobian_weight,
+        average=config.average,
     )
     schedule = Schedule(
         config.epochs, len(dataset.train.labels), config.evaluate_every, config.patience

@@ -24,6 +24,7 @@ from experiments.evaluate import Metrics, Results, compare_floors, compare_rows,
 
 SELECTION = {
     "validation": "Scores are of the epoch with the best validation score.",
+    "refit": "Scores are of the epoch with the best validation score, trained on those rows too.",
     "test": "Scores are of the epoch with the best TEST score: optimistic, not a result.",
     "last": "Scores are of the last epoch.",
 }

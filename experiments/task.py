@@ -50,6 +50,8 @@ class Task:
       probabilities: logits → probabilities.
       monitor: the validation metric that selects the epoch.
       jacobian_weight: γ; γ × the Jacobian penalty is added to the loss.
+      average: decay δ of the running mean of the weights, ā ← δ ā + (1 - δ) a after every step,
+        which is what is evaluated; 0: the weights themselves are.
       warm_start: start the solves of a row from its last ones; see `experiments.warm`.
     """
 
@@ -59,6 +61,7 @@ class Task:
     probabilities: Callable[[np.ndarray], np.ndarray]
     monitor: str
     jacobian_weight: float = 0.0
+    average: float = 0.0
     warm_start: bool = False
 
 

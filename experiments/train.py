@@ -17,7 +17,8 @@ import optax
 
 from deq_fusion_jax import Adjoint, FusionState
 from experiments.checkpoint import Checkpoints
-from experiments.datasets import Split
+from experiments.datasets import Dataset, Split
+from experiments.datasets.preprocess import join
 from experiments.task import Task, Variables, evaluate, solver_means
 from experiments.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
 
@@ -25,13 +26,22 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes; `warm` is where the rows' next solves start, if kept."""
+    """Everything that training changes; `warm` is where the rows' next solves start, if kept, and
+    `average` the running mean of the weights, if one is."""
 
     variables: Variables
     optimiser: PyTree
     step: jax.Array
     key: jax.Array
     warm: Warm | None = None
+    average: PyTree | None = None
+
+    @property
+    def learned(self) -> Variables:
+        """What is evaluated."""
+        if self.average is None:
+            return self.variables
+        return self.variables._replace(params=self.average)
 
 
 class Schedule(NamedTuple):
@@ -77,8 +87,10 @@ def fit(
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     test: Split | None = None,
+    keep: int | None = None,
 ) -> Fitted:
-    """Trains until `schedule` says stop, and keeps the variables that do best on validation.
+    """Trains until `schedule` says stop, and keeps the variables that do best on validation, or
+    those of the epoch `keep`.
 
     Every evaluation, the one before the first step included, adds a row to the history,
     {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
@@ -90,7 +102,7 @@ def fit(
     batch_size = min(schedule.batch_size, len(train.labels))
     train, validation, test = jax.device_put((train, validation, test))
     state = init_state(task, optimiser, train.inputs, seed)
-    best, best_epoch, history = _copy(state.variables), 0, []
+    best, best_epoch, history = _copy(state.learned), 0, []
     saved = checkpoints and checkpoints.restore({"state": state, "best": best})
     if saved:
         _, tree, metadata = saved
@@ -98,9 +110,9 @@ def fit(
         history, best_epoch = metadata["history"], metadata["best_epoch"]
 
     def evaluate_now(epoch: int, seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
-        result = evaluate(task, state.variables, validation)
+        result = evaluate(task, state.learned, validation)
         means = {name: float(np.mean(value)) for name, value in seen.items()}
-        watched = {"test": evaluate(task, state.variables, test).metrics} if test else {}
+        watched = {"test": evaluate(task, state.learned, test).metrics} if test else {}
         return {
             "epoch": epoch,
             "loss": means.get("loss"),
@@ -123,16 +135,39 @@ def fit(
         state, seen = run_epochs(task, optimiser, state, train, batch_size, epochs)
         row = evaluate_now(history[-1]["epoch"] + epochs, seen, 0.0)
         row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
-        highest = history_at(history, best_epoch)["validation"][task.monitor]
         score = row["validation"][task.monitor]
-        if score > highest or (np.isfinite(score) and not np.isfinite(highest)):
-            best, best_epoch = _copy(state.variables), row["epoch"]
+        highest = history_at(history, best_epoch)["validation"][task.monitor]
+        better = score > highest or not np.isfinite(highest)
+        if np.isfinite(score) and (better if keep is None else row["epoch"] == keep):
+            best, best_epoch = _copy(state.learned), row["epoch"]
         history.append(row)
         if checkpoints:
             metadata = {"history": history, "best_epoch": best_epoch}
             checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
         report(row)
     return Fitted(best, state, history, best_epoch)
+
+
+def refit(
+    chosen: Fitted,
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    dataset: Dataset,
+    schedule: Schedule,
+    *args: Any,
+    **options: Any,
+) -> Fitted:
+    """Trains anew on the validation rows too, as long as before, and keeps the epoch chosen then.
+
+    The other arguments are those of `fit`. What the history says of the validation rows is no
+    validation. Where it comes to no finite score in the chosen epoch, the first training stands.
+    """
+    assert dataset.validation is not None
+    everyone = join(dataset.train, dataset.validation)
+    schedule = schedule._replace(epochs=chosen.history[-1]["epoch"], patience=None)
+    options["keep"] = chosen.best_epoch
+    again = fit(task, optimiser, everyone, dataset.validation, schedule, *args, **options)
+    return again if again.best_epoch == chosen.best_epoch else chosen
 
 
 def history_at(history: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
@@ -169,7 +204,9 @@ def init_state(
         warm = cold_start(task.model, variables, inputs)
     params = variables["params"]
     variables = Variables(params, variables.get("batch_stats", {}))
-    return TrainState(variables, optimiser.init(params), jnp.zeros((), jnp.int32), key, warm)
+    average = _copy(params) if task.average else None
+    start = optimiser.init(params), jnp.zeros((), jnp.int32), key
+    return TrainState(variables, *start, warm, average)
 
 
 def train_step(
@@ -220,7 +257,11 @@ def train_step(
         seen["backward_converged"] = jnp.mean(adjoint.failed == 0)
         seen["backward_steps"] = jnp.mean(adjoint.steps)
     warm = state.warm and put_rows(state.warm, rows, Warm(rest, adjoint))
-    return TrainState(variables, optimiser_state, state.step + 1, state.key, warm), seen
+    average = None
+    if state.average is not None:
+        average = optax.incremental_update(variables.params, state.average, 1 - task.average)
+    step = state.step + 1
+    return TrainState(variables, optimiser_state, step, state.key, warm, average), seen
 
 
 @partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)

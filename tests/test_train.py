@@ -21,11 +21,11 @@ from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
 from experiments.checkpoint import Checkpoints
 from experiments.config import build_fusion
-from experiments.datasets import Split
+from experiments.datasets import Dataset, Split
 from experiments.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
 from experiments.task import Prediction, Task, Variables, evaluate
-from experiments.train import Schedule, TrainState, fit, init_state, run_epochs, train_step
+from experiments.train import Schedule, TrainState, fit, init_state, refit, run_epochs, train_step
 from experiments.warm import needed_bytes
 
 
@@ -62,7 +62,7 @@ def accuracy(labels, probabilities):
     return {"accuracy": float(np.mean((probabilities[:, 0] > 0) == labels))}
 
 
-def line_task(score, power=1, start=0.0, weight=0.0):
+def line_task(score, power=1, start=0.0, weight=0.0, average=0.0):
     """Training adds 1 to w a step (power 1, rate 1); the validation score is score(w)."""
     return Task(
         Line(start),
@@ -71,6 +71,7 @@ def line_task(score, power=1, start=0.0, weight=0.0):
         probabilities=np.asarray,
         monitor="score",
         jacobian_weight=weight,
+        average=average,
     )
 
 
@@ -276,6 +277,45 @@ class TestStopping:
         fitted = fit_line(lambda w: -abs(w), Schedule(9, 1), rate=1e10, power=4, start=1.0)
         assert len(fitted.history) == 2 and not np.isfinite(fitted.history[1]["loss"])
         assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
+
+
+class TestAverage:
+    def test_the_running_mean_is_what_is_evaluated_and_kept(self):
+        """w is t after t steps, so that its mean with decay ½ is t - 1 + 2⁻ᵗ."""
+        fitted = fit_line(lambda w: w, Schedule(4, 4), average=0.5)
+        means = [t - 1 + 0.5**t for t in range(5)]
+        assert [row["validation"]["score"] for row in fitted.history] == means
+        assert weight(fitted.best) == weight(fitted.last.learned) == means[-1]
+        assert weight(fitted.last.variables) == 4
+
+    def test_resumed_it_is_the_same(self, tmp_path):
+        options = {"average": 0.5, "checkpoints": Checkpoints(tmp_path)}
+        for epochs in (2, 4):
+            resumed = fit_line(lambda w: w, Schedule(epochs, 4), **options)
+        whole = fit_line(lambda w: w, Schedule(4, 4), average=0.5)
+        assert bits(resumed.last) == bits(whole.last) and bits(resumed.best) == bits(whole.best)
+
+
+class TestRefit:
+    def fit(self, score, schedule, rate=1.0, **options):
+        """The first training has one step of 4 rows an epoch, the second two, of 8 rows."""
+        dataset = Dataset("Ones", "real", (), ONES, ONES, ONES)
+        task, sgd = line_task(score, **options), optax.sgd(rate)
+        chosen = fit(task, sgd, ONES, ONES, schedule, seed=0)
+        return chosen, refit(chosen, task, sgd, dataset, schedule, 0)
+
+    def test_it_keeps_the_chosen_epoch_of_a_training_on_all_rows(self):
+        schedule = Schedule(9, 4, evaluate_every=2, patience=2)
+        chosen, again = self.fit(lambda w: -abs(w - 4), schedule)
+        assert (chosen.best_epoch, weight(chosen.best)) == (4, 4)
+        assert (again.best_epoch, weight(again.best)) == (4, 8)
+        assert again.history[-1]["epoch"] == chosen.history[-1]["epoch"] == 8
+        assert weight(again.last.variables) == 16
+
+    def test_where_it_breaks_down_the_first_training_stands(self):
+        options = {"power": 4, "start": 1.0, "rate": 1e10}  # finite for one step, not for two
+        chosen, again = self.fit(lambda w: w, Schedule(1, 4), **options)
+        assert chosen.best_epoch == 1 and again is chosen
 
 
 class TestEvaluate:

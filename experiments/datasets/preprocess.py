@@ -43,15 +43,18 @@ def draw_split(strata: np.ndarray, seed: int) -> np.ndarray:
     return split
 
 
+def join(first: Split, second: Split) -> Split:
+    """The rows of one after those of the other."""
+    inputs = {name: np.concatenate([x, second.inputs[name]]) for name, x in first.inputs.items()}
+    return Split(inputs, np.concatenate([first.labels, second.labels]))
+
+
 def redraw(dataset: Dataset, seed: int, test: float = 0.3) -> Dataset:
     """All rows of the published train and test parts, split anew; classes keep their proportions.
 
     Random 70/30 splits are what the results of MOGONET (2021) are means over.
     """
-    train, other = dataset.train, dataset.test
-    inputs = {name: np.concatenate([x, other.inputs[name]]) for name, x in train.inputs.items()}
-    everyone = Split(inputs, np.concatenate([train.labels, other.labels]))
-    train, other = carve_validation(everyone, test, seed)
+    train, other = carve_validation(join(dataset.train, dataset.test), test, seed)
     return dataset._replace(name=f"{dataset.name}, random splits", train=train, test=other)
 
 
