@@ -112,20 +112,10 @@ def cost(job: Job, fitted: Fitted, steps: int = 10, rounds: int = 3) -> dict[str
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The ablation's own options, and the rest, which are the experiment's."""
-    parser = Parser(
-        prog="python -m experiments.ablation",
-        allow_abbrev=False,
-        description="Trains variants of an experiment's DEQ fusion and prints one table.",
-        epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
-    )
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    description = "Trains variants of an experiment's DEQ fusion and prints one table."
+    parser = Parser("ablation", description, EXPERIMENTS)
     parser.add_argument("--parts", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
-    parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/ablation")
-    options, rest = parser.own_and_rest(args, ("--seed", "--fusion", "--resume", "--no-resume"))
-    if options.seeds < 1:
-        raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
-    return options, rest
+    return parser.own_and_rest(args)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> str:

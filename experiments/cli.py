@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -14,6 +15,7 @@ import tyro
 from experiments.errors import InputError
 
 Config = TypeVar("Config")
+SET_HERE = ("--seed", "--fusion", "--resume", "--no-resume")  # by commands that run experiments
 
 
 def parse(default: Config, args: Sequence[str], prog: str) -> Config:
@@ -33,19 +35,34 @@ def parse(default: Config, args: Sequence[str], prog: str) -> Config:
 
 
 class Parser(argparse.ArgumentParser):
-    """For options of its own beside those of an experiment; a complaint is an InputError."""
+    """For a command that trains an experiment with several seeds: its options, and the others.
+
+    A complaint is an InputError.
+    """
+
+    def __init__(self, command: str, description: str, experiments: Sequence[str]):
+        super().__init__(
+            prog=f"python -m experiments.{command}",
+            allow_abbrev=False,
+            description=description,
+            epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
+        )
+        self.add_argument("experiment", choices=experiments)
+        self.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
+        where = f"by default a new folder under runs/{command}"
+        self.add_argument("--run-dir", type=Path, help=where)
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; --help lists the options")
 
-    def own_and_rest(
-        self, args: Sequence[str], set_here: Sequence[str]
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """The parser's own options, and the experiment's, which may not be among `set_here`."""
+    def own_and_rest(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The parser's own options, and the experiment's."""
         own, rest = self.parse_known_args(args)
-        for option in set_here:
+        for option in SET_HERE:
             if any(word.split("=")[0] == option for word in rest):
                 raise InputError(f"{option} is set by {self.prog} itself; --help lists the options")
+        if own.seeds < 1:
+            raise InputError(f"--seeds {own.seeds}: at least 1 is needed")
         return own, rest
 
 

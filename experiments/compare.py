@@ -33,21 +33,10 @@ EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The comparison's own options, and the rest, which are the experiment's."""
-    parser = Parser(
-        prog="python -m experiments.compare",
-        allow_abbrev=False,
-        description="Trains several fusions with several seeds and prints one table.",
-        epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
-    )
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    description = "Trains several fusions with several seeds and prints one table."
+    parser = Parser("compare", description, EXPERIMENTS)
     parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
-    parser.add_argument("--run-dir", type=Path, help="by default a new folder under runs/compare")
-    set_here = ("--seed", "--fusion", "--resume", "--no-resume")
-    options, rest = parser.own_and_rest(args, set_here)
-    if options.seeds < 1:
-        raise InputError(f"--seeds {options.seeds}: at least 1 is needed")
-    return options, rest
+    return parser.own_and_rest(args)
 
 
 def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | None:

@@ -24,8 +24,8 @@ from flax.core import FrozenDict
 
 from experiments.cli import parse
 from experiments.config import PublishedConfig, build_fusion, require
-from experiments.datasets import Dataset, Split, mmimdb
-from experiments.datasets.text import build_vocabulary, encode
+from experiments.datasets import Dataset, mmimdb
+from experiments.datasets.text import tokenised
 from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.errors import exit_cleanly
 from experiments.evaluate import Results, frequent_labels_floor, multilabel_metrics
@@ -126,7 +126,7 @@ def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
         config.features_npz,
         download=config.download,
     )
-    dataset, vocabulary = tokenised(dataset, config)
+    dataset, vocabulary = tokenised(dataset, config.vocabulary, config.plot_length)
     encoders: dict[str, nn.Module] = {}
     for name, x in dataset.train.inputs.items():
         if x.dtype == np.int32:
@@ -137,23 +137,6 @@ def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
             width = config.hidden[0] if name == "text" else config.hidden[1]
             encoders[name] = MaxoutMLP((width, config.features), config.dropout)
     return dataset, encoders
-
-
-def tokenised(dataset: Dataset, config: Config) -> tuple[Dataset, int]:
-    """Raw plots as token ids, with the vocabulary of the training rows; features as they are."""
-    plots = dataset.train.inputs["text"]
-    if plots.ndim != 1:
-        return dataset, 0
-    vocabulary = build_vocabulary(plots, config.vocabulary)
-
-    def ids(split: Split) -> Split:
-        tokens = encode(split.inputs["text"], vocabulary, config.plot_length)
-        return split._replace(inputs={**split.inputs, "text": tokens})
-
-    assert dataset.validation is not None  # published with the data
-    train, validation, test = map(ids, (dataset.train, dataset.validation, dataset.test))
-    dataset = dataset._replace(train=train, validation=validation, test=test)
-    return dataset, len(vocabulary) + 2
 
 
 def optimiser(config: Config) -> optax.GradientTransformation:

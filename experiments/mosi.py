@@ -34,10 +34,10 @@ from experiments.cli import parse
 from experiments.config import PublishedConfig, build_fusion, require
 from experiments.datasets import Dataset, Split, mosi, mosi_aligned
 from experiments.datasets.preprocess import standardise
-from experiments.datasets.text import UNKNOWN, build_vocabulary, encode
+from experiments.datasets.text import UNKNOWN, tokenised
 from experiments.encoders import mix_rows
 from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import Results, sentiment_metrics
+from experiments.evaluate import Metrics, Results, sentiment_metrics
 from experiments.linear import logistic_regression
 from experiments.mosi_models import (
     AlignedModel,
@@ -140,7 +140,8 @@ def corrupted(split: Split, shares: tuple[float, float, float], seed: int) -> Sp
     return split._replace(inputs=inputs)
 
 
-def utterances_job(config: Config) -> Job:
+def utterances(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
+    """Classes: the data, what is to be learned from them, and what a fusion has to beat."""
     train, test = mosi.load(config.data_dir, config.cache_dir, config.download)
     dataset = prepare(train, test, config)
     fusion = build_fusion(config, modalities(config))
@@ -155,14 +156,7 @@ def utterances_job(config: Config) -> Job:
     )
     linear = logistic_regression(train.rows, test.rows, len(mosi.CLASSES))
     floors = {"logistic regression": metrics(test.rows.labels, linear)}
-    return Job(
-        "mosi",
-        dataset,
-        task,
-        optimiser(config.learning_rate, config.weight_decay),
-        schedule(config),
-        floors,
-    )
+    return dataset, task, floors
 
 
 # --- aligned -----------------------------------------------------------------------------------
@@ -176,7 +170,8 @@ def aligned_data(config: Config) -> tuple[Dataset, int]:
             f"--fusion {config.fusion} needs {mosi_aligned.AUDIO}, which is not there: "
             f"{mosi_aligned.WHERE_AUDIO}, or use --fusion text"
         )
-    dataset, vocabulary = tokenised(dataset, config.vocabulary)
+    # the first position is BERT's [CLS]: a token that is no word
+    dataset, vocabulary = tokenised(dataset, config.vocabulary, mosi_aligned.LENGTH, (UNKNOWN,))
     assert dataset.validation is not None  # published with the data
     parts = dataset.train, dataset.validation, dataset.test
     train, validation, test = (
@@ -190,28 +185,8 @@ def _sound(split: Split) -> Split:
     return split._replace(inputs={n: x for n, x in split.inputs.items() if n == "audio"})
 
 
-def tokenised(dataset: Dataset, size: int) -> tuple[Dataset, int]:
-    """Texts as token ids with the vocabulary of the training rows; states as they are.
-
-    The first position is BERT's [CLS] and holds a token that is no word.
-    """
-    texts = dataset.train.inputs["text"]
-    if texts.ndim > 1:
-        return dataset, 0
-    vocabulary = build_vocabulary(texts, size)
-
-    def ids(split: Split) -> Split:
-        tokens = encode(split.inputs["text"], vocabulary, mosi_aligned.LENGTH - 1)
-        tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=UNKNOWN)
-        return split._replace(inputs=split.inputs | {"text": tokens})
-
-    assert dataset.validation is not None
-    train, validation, test = map(ids, (dataset.train, dataset.validation, dataset.test))
-    dataset = dataset._replace(train=train, validation=validation, test=test)
-    return dataset, len(vocabulary) + 2
-
-
-def aligned_job(config: Config) -> Job:
+def aligned(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
+    """Scores: the data, what is to be learned from them, and what a fusion has to beat."""
     fusion = build_fusion(config, modalities(config))
     dataset, vocabulary = aligned_data(config)
     task = Task(
@@ -226,14 +201,7 @@ def aligned_job(config: Config) -> Job:
     labels = dataset.test.labels
     mean = np.full_like(labels, dataset.train.labels.mean())
     floors = {"mean of the training labels": sentiment_metrics(labels, mean)}
-    return Job(
-        "mosi",
-        dataset,
-        task,
-        optimiser(config.learning_rate, config.weight_decay),
-        schedule(config),
-        floors,
-    )
+    return dataset, task, floors
 
 
 # --- the job -----------------------------------------------------------------------------------
@@ -245,14 +213,16 @@ def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransf
     return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
-def schedule(config: Config) -> Schedule:
-    return Schedule(config.epochs, config.batch_size, patience=config.patience)
+def job(config: Config) -> Job:
+    dataset, task, floors = (utterances if config.form == "utterances" else aligned)(config)
+    adamw = optimiser(config.learning_rate, config.weight_decay)
+    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
+    return Job("mosi", dataset, task, adamw, schedule, floors)
 
 
 def run(config: Config) -> Results:
     """The whole job: data, training, one look at the test rows, report."""
-    job = utterances_job(config) if config.form == "utterances" else aligned_job(config)
-    return execute(job, config)
+    return execute(job(config), config)
 
 
 @exit_cleanly()
