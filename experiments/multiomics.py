@@ -66,6 +66,7 @@ class Config(PublishedConfig):
       validation: share of the training rows that selects the epoch.
       evaluate_every: epochs between two looks at the validation rows.
       patience: looks without a better validation score before training stops.
+      smooth: looks whose mean score selects the epoch, the last of them.
     """
 
     epochs: int = 300
@@ -84,6 +85,9 @@ class Config(PublishedConfig):
     validation: float = 0.2
     evaluate_every: int = 10
     patience: int = 30
+    smooth: int = 10
+    average: float = 0.95
+    refit: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +99,8 @@ class Config(PublishedConfig):
         rate = self.modality_dropout
         require(0 <= rate < 1, "modality_dropout", rate, "0 or more and less than 1")
         require(0 < self.validation < 1, "validation", self.validation, "a share between 0 and 1")
-        require(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "1 or more")
+        for name in ("evaluate_every", "smooth"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
 def modalities(config: Config) -> tuple[str, ...]:
@@ -221,8 +226,14 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         jacobian_weight=config.jacobian_weight,
         average=config.average,
     )
+    assert dataset.validation is not None
+    rows = len(dataset.train.labels) + len(dataset.validation.labels)  # all, in a refit too
     schedule = Schedule(
-        config.epochs, len(dataset.train.labels), config.evaluate_every, config.patience
+        config.epochs,
+        rows,
+        config.evaluate_every,
+        config.patience,
+        config.smooth,
     )
     linear = logistic_regression(source.train, source.test, classes)
     floors = {"logistic regression": metrics(source.test.labels, linear)}

@@ -6,7 +6,9 @@ runs/mmimdb/20260102-030405-deq-seed0/
   metrics.jsonl   one line an evaluation
   results.json    the outcome
   report.md       the same to read, with figures/*.png
-  checkpoints/    what --resume goes on from, and refit/ that of the second training
+  checkpoints/    what --resume goes on from
+  refit.jsonl     the same two of a second training on the validation rows too, with --refit
+  refit/
 ```
 """
 
@@ -116,29 +118,35 @@ def execute(job: Job, config: CommonConfig) -> Results:
 
 def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted]:
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
-    task, optimiser, schedule = job.task, job.optimiser, job.schedule
+    task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
     data, validation = job.dataset.train, job.dataset.validation
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
-    rows: list[str] = []
     saved = Checkpoints(run_dir / "checkpoints")
     with _progress(schedule.epochs, task.monitor) as show:
-
-        def report(row: dict[str, Any]) -> None:
-            rows.append(json.dumps(plain(row)) + "\n")
-            write_text(run_dir / "metrics.jsonl", "".join(rows))
-            show(row)
-
-        fitted = fit(task, optimiser, data, validation, schedule, config.seed, saved, report, test)
+        report = _recorder(run_dir / "metrics.jsonl", show)
+        watched = None if config.refit else test
+        fitted = fit(task, optimiser, data, validation, schedule, seed, saved, report, watched)
     if not config.refit:
         return fitted, fitted
     print(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
     saved = Checkpoints(run_dir / "refit")
     with _progress(fitted.history[-1]["epoch"]) as show:
-        final = refit(
-            fitted, task, optimiser, job.dataset, schedule, config.seed, saved, show, test
-        )
+        report = _recorder(run_dir / "refit.jsonl", show)
+        final = refit(fitted, task, optimiser, job.dataset, schedule, seed, saved, report, test)
     return fitted, final
+
+
+def _recorder(path: Path, show: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+    """What writes a row of the history to a file and shows it."""
+    rows: list[str] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(json.dumps(plain(row)) + "\n")
+        write_text(path, "".join(rows))
+        show(row)
+
+    return report
 
 
 def best_on_test(history: Sequence[Mapping[str, Any]], monitor: str) -> Metrics | None:

@@ -53,12 +53,14 @@ class Schedule(NamedTuple):
         every epoch). More than there are rows means all rows.
       evaluate_every: epochs between two evaluations on the validation split.
       patience: evaluations without a gain after which training stops; None: never.
+      smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
     """
 
     epochs: int
     batch_size: int
     evaluate_every: int = 1
     patience: int | None = None
+    smooth: int = 1
 
 
 class Fitted(NamedTuple):
@@ -135,12 +137,9 @@ def fit(
         state, seen = run_epochs(task, optimiser, state, train, batch_size, epochs)
         row = evaluate_now(history[-1]["epoch"] + epochs, seen, 0.0)
         row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
-        score = row["validation"][task.monitor]
-        highest = history_at(history, best_epoch)["validation"][task.monitor]
-        better = score > highest or not np.isfinite(highest)
-        if np.isfinite(score) and (better if keep is None else row["epoch"] == keep):
-            best, best_epoch = _copy(state.learned), row["epoch"]
         history.append(row)
+        if _is_chosen(history, best_epoch, keep, task.monitor, schedule.smooth):
+            best, best_epoch = _copy(state.learned), row["epoch"]
         if checkpoints:
             metadata = {"history": history, "best_epoch": best_epoch}
             checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
@@ -170,9 +169,16 @@ def refit(
     return again if again.best_epoch == chosen.best_epoch else chosen
 
 
-def history_at(history: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
-    """The row of an epoch."""
-    return next(row for row in history if row["epoch"] == epoch)
+def _is_chosen(
+    history: list[dict[str, Any]], best_epoch: int, keep: int | None, monitor: str, smooth: int
+) -> bool:
+    """Whether the newest epoch is the one to keep, or better than the best one before."""
+    scores = [row["validation"][monitor] for row in history]
+    best = next(i for i, row in enumerate(history) if row["epoch"] == best_epoch)
+    if keep is not None:
+        return history[-1]["epoch"] == keep and bool(np.isfinite(scores[-1]))
+    score, highest = (np.mean(scores[: end + 1][-smooth:]) for end in (len(scores) - 1, best))
+    return bool(score > highest or (np.isfinite(score) and not np.isfinite(highest)))
 
 
 def _is_over(history: list[dict[str, Any]], best_epoch: int, schedule: Schedule) -> bool:

@@ -153,9 +153,11 @@ def test_random_splits_and_both_other_selections_are_reported(main, made_up, tmp
     assert status == 0, err
     results, history, report = read(run_dir)
     assert results["dataset"] == "ROSMAP, random splits"
-    assert results["selection"] == "validation"
-    assert results["last_epoch"] == pytest.approx(history[-1]["test"])
-    assert results["best_on_test"]["auc"] == max(row["test"]["auc"] for row in history)
+    assert results["selection"] == "refit"
+    tested = [json.loads(line) for line in (run_dir / "refit.jsonl").read_text().splitlines()]
+    assert not any("test" in row for row in history)
+    assert results["last_epoch"] == pytest.approx(tested[-1]["test"])
+    assert results["best_on_test"]["auc"] == max(row["test"]["auc"] for row in tested)
     assert "best epoch ON TEST" in report and "test, last epoch" in report
     assert "--no-detach" in report and "--official-selection" in report
 

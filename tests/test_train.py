@@ -236,6 +236,12 @@ class TestStopping:
         assert fitted.best_epoch == np.argmax(scores) == peak
         assert weight(fitted.best) == peak and weight(fitted.last.variables) == 6
 
+    def test_a_smooth_selection_is_by_the_mean_of_the_last_scores(self):
+        """Of 0 5 0 4 4 1 the means of two are 0 2.5 2.5 2 4 2.5: the peak of 5 was luck."""
+        scores = [0, 5, 0, 4, 4, 1]
+        fitted = fit_line(lambda w: scores[int(w)], Schedule(5, 4, smooth=2))
+        assert fitted.best_epoch == weight(fitted.best) == 4
+
     def test_best_epoch_may_be_the_one_before_training(self):
         fitted = fit_line(lambda w: -w, Schedule(3, 4))
         assert (fitted.best_epoch, weight(fitted.best)) == (0, 0)
