@@ -46,28 +46,6 @@ class PosterCNN(nn.Module):
         return nn.Dense(self.features)(x)
 
 
-class PlotEncoder(nn.Module):
-    """A small text encoder: tokens [N, T] int32, 0 where there is none → [N, features].
-
-    Word embeddings, a convolution over three words, and the largest value over the positions that
-    hold a word (Kim, 2014).
-    """
-
-    vocabulary: int
-    features: int
-    embedding: int = 128
-    dropout: float = 0.3
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
-        word = (tokens > 0)[..., None]
-        x = jnp.where(word, nn.Embed(self.vocabulary, self.embedding)(tokens), 0)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = nn.relu(nn.Conv(self.features, (3,))(x))
-        x = jnp.max(jnp.where(word, x, 0), axis=1)
-        return nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
-
-
 class TokenEncoder(nn.Module):
     """A state for every token: tokens [N, T] int32, 0 where there is none → [N, T, features].
 
@@ -86,6 +64,24 @@ class TokenEncoder(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = nn.relu(nn.Conv(self.features, (3,))(x))
         return jnp.where(word, x, 0)
+
+
+class PlotEncoder(nn.Module):
+    """A small text encoder: tokens [N, T] int32, 0 where there is none → [N, features].
+
+    The largest value over the positions that hold a word, of a `TokenEncoder` (Kim, 2014).
+    """
+
+    vocabulary: int
+    features: int
+    embedding: int = 128
+    dropout: float = 0.3
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
+        encoder = TokenEncoder(self.vocabulary, self.features, self.embedding, self.dropout)
+        x = jnp.max(encoder(tokens, train), axis=1)
+        return nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
 
 
 class UtteranceEncoder(nn.Module):

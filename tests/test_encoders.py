@@ -125,13 +125,17 @@ class TestPlotEncoder:
         """Convolution over three words, ReLU, largest value over the words, linear."""
         module, variables, tokens = plots
         p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
-        expected = []
+        token, expected = p["TokenEncoder_0"], []
         for row in tokens:
-            vectors = [np.zeros(5), *(p["Embed_0"]["embedding"][t] for t in row if t), np.zeros(5)]
+            vectors = [
+                np.zeros(5),
+                *(token["Embed_0"]["embedding"][t] for t in row if t),
+                np.zeros(5),
+            ]
             best = np.zeros(6)
             for i in range(1, len(vectors) - 1):
-                window = sum(vectors[i + k - 1] @ p["Conv_0"]["kernel"][k] for k in range(3))
-                best = np.maximum(best, window + p["Conv_0"]["bias"])
+                window = sum(vectors[i + k - 1] @ token["Conv_0"]["kernel"][k] for k in range(3))
+                best = np.maximum(best, window + token["Conv_0"]["bias"])
             expected.append(best @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"])
         np.testing.assert_allclose(module.apply(variables, tokens, False), expected, atol=1e-5)
 
