@@ -141,7 +141,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> str:
             settings["versions"] = versions()
             write_json(folder / "ablation.json", {**settings, "rows": rows})
             progress.advance(bar)
-    table = ablation_table(rows, f"{options.experiment}: variants of DEQ fusion")
+    title = f"{options.experiment}: variants of DEQ fusion"
+    table = ablation_table(rows, title, "refit" if base.refit else "validation")
     write_text(folder / "ablation.md", table)
     figures.ablation(spreads(rows), REFERENCE.name).savefig(folder / "ablation.png", dpi=150)
     print(f"Folder: {folder}")

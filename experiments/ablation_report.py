@@ -6,13 +6,12 @@ from typing import Any
 
 from experiments.ablation_variants import REFERENCE, VARIANTS
 from experiments.evaluate import mean_std
-from experiments.report import markdown_table, number, percent, spread
+from experiments.report import SELECTION, markdown_table, number, percent, spread
 
 Row = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Row]]
 
 DEEP = 200  # steps that a weight-tied unroll is continued to after its training
-SCORES = "Test scores of the epoch with the best validation score, mean ± standard deviation"
 COSTS = """\
 Means over seeds and test rows: share converged to the tolerance, evaluations of the map or steps
 of the unroll, spectral radius of its Jacobian where they ended. Milliseconds of a training step at
@@ -37,11 +36,12 @@ def spreads(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]
     }
 
 
-def ablation_table(rows: Sequence[Row], title: str) -> str:
-    """The whole page in Markdown."""
+def ablation_table(rows: Sequence[Row], title: str, selection: str) -> str:
+    """The whole page in Markdown; the scores were selected by `selection`, as in results.json."""
     groups, seeds = by_variant(rows), len({row["seed"] for row in rows})
+    spread_over = f"Test scores, mean ± standard deviation (ddof = 1) over {seeds} seeds.  "
     parts = [
-        (f"{SCORES} (ddof = 1) over {seeds} seeds.", scores(groups)),
+        (f"{spread_over}\n{SELECTION[selection]}", scores(groups)),
         (COSTS, costs(groups)),
         (f"Weight-tied unrolls, continued to {DEEP} steps after their training.", deeper(groups)),
         ("A modality missing in every test row.", removed(groups)),

@@ -149,6 +149,35 @@ def gate_strength(
     return figure
 
 
+def ablation(
+    spreads: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    reference: str = "DEQ",
+) -> Figure:
+    """Mean ± standard deviation of every variant, a panel per metric: {metric: {variant: {…}}}.
+
+    A line down the panel marks the reference.
+    """
+    variants = list(next(iter(spreads.values())))
+    size = (2.2 + 2.4 * len(spreads), 1.0 + 0.26 * len(variants))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(spreads), sharey=True, squeeze=False)[0]
+    place = np.arange(len(variants))
+    for axes, (metric, found) in zip(panels, spreads.items(), strict=True):
+        mean, std = (
+            np.array([found[name][key] for name in variants], float) for key in ("mean", "std")
+        )
+        axes.errorbar(mean, place, xerr=np.nan_to_num(std), fmt="o", color=BLUE, markersize=4)
+        if reference in found:
+            axes.axvline(mean[variants.index(reference)], color=GREY, linestyle="--", linewidth=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"{metric.replace('_', ' ')}, test")
+    panels[0].set_yticks(place, variants)
+    panels[0].invert_yaxis()
+    return figure
+
+
 def _stack(panels: int, ratios: Sequence[float] | None = None) -> tuple[Figure, np.ndarray]:
     """`panels` axes above one another that share the horizontal axis."""
     height = 1.0 + 1.55 * sum(ratios or [1] * panels)
@@ -256,32 +285,3 @@ def _boxes(axes: Axes, groups: list[np.ndarray], place: np.ndarray, color: str, 
     for box in parts["boxes"]:
         box.set(facecolor=to_rgba(color, 0.35), edgecolor=color)
     parts["boxes"][0].set_label(name)
-
-
-def ablation(
-    spreads: Mapping[str, Mapping[str, Mapping[str, float | None]]],
-    reference: str = "DEQ",
-) -> Figure:
-    """Mean ± standard deviation of every variant, a panel per metric: {metric: {variant: {…}}}.
-
-    A line down the panel marks the reference.
-    """
-    variants = list(next(iter(spreads.values())))
-    size = (2.2 + 2.4 * len(spreads), 1.0 + 0.26 * len(variants))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(spreads), sharey=True, squeeze=False)[0]
-    place = np.arange(len(variants))
-    for axes, (metric, found) in zip(panels, spreads.items(), strict=True):
-        mean, std = (
-            np.array([found[name][key] for name in variants], float) for key in ("mean", "std")
-        )
-        axes.errorbar(mean, place, xerr=np.nan_to_num(std), fmt="o", color=BLUE, markersize=4)
-        if reference in found:
-            axes.axvline(mean[variants.index(reference)], color=GREY, linestyle="--", linewidth=1)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(f"{metric.replace('_', ' ')}, test")
-    panels[0].set_yticks(place, variants)
-    panels[0].invert_yaxis()
-    return figure

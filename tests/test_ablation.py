@@ -144,7 +144,7 @@ ROWS = [made_up(name, seed, "steps" in name) for name in ("DEQ", *NAMES) for see
 
 
 def test_the_table_has_every_variant_once_and_its_numbers():
-    table = ablation_table(ROWS, "title")
+    table = ablation_table(ROWS, "title", "refit")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["DEQ", "0.550 ± 0.071", "0.250 ± 0.000"] in cells
     assert ["weight-tied, 2 steps", "50.0 %", "3.0", "0.75", "12.3", "5.0"] in cells
