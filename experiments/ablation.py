@@ -127,20 +127,17 @@ def run(options: argparse.Namespace, rest: list[str]) -> str:
     rows = finished(folder / "ablation.json", settings)
     done = {(row["variant"], row["seed"]) for row in rows}
     variants = [REFERENCE, *(v for part in options.parts for v in VARIANTS[part])]
-    missing = [
-        (variant, seed)
-        for variant in variants
-        for seed in range(options.seeds)
-        if (variant.name, seed) not in done
-    ]
     with Progress() as progress:
-        bar = progress.add_task("", total=len(missing))
-        for variant, seed in missing:
-            progress.update(bar, description=f"{variant.name}, seed {seed}")
-            rows.append(trained(module, base, variant, seed))
-            settings["versions"] = versions()
-            write_json(folder / "ablation.json", {**settings, "rows": rows})
-            progress.advance(bar)
+        bar = progress.add_task("", total=len(variants) * options.seeds)
+        for variant in variants:
+            for seed in range(options.seeds):
+                progress.update(bar, description=f"{variant.name}, seed {seed}")
+                if (variant.name, seed) not in done:
+                    rows.append(trained(module, base, variant, seed))
+                    settings["versions"] = versions()
+                    write_json(folder / "ablation.json", {**settings, "rows": rows})
+                progress.advance(bar)
+            jax.clear_caches()  # the compiled programs of all variants are more than fit
     title = f"{options.experiment}: variants of DEQ fusion"
     table = ablation_table(rows, title, "refit" if base.refit else "validation")
     write_text(folder / "ablation.md", table)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -66,8 +67,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
         raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")
     folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
     rows = []
-    for seed in range(options.seeds):
-        for fusion in options.fusions:
+    for fusion in options.fusions:
+        for seed in range(options.seeds):
             run_dir = folder / f"{fusion}-seed{seed}"
             config = dataclasses.replace(
                 base,
@@ -77,6 +78,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
                 resume=(run_dir / "config.json").exists(),
             )
             rows.append(finished(options.experiment, config, run_dir) or experiment.run(config))
+        jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
     groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
     write_json(folder / "compare.json", {"rows": rows, **groups})
     write_text(folder / "compare.md", comparison_table(rows))
