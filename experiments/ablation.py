@@ -31,7 +31,7 @@ from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
 from experiments.cli import Parser
 from experiments.config import CommonConfig
 from experiments.errors import InputError, exit_cleanly
-from experiments.report import config_to_dict, versions, write_json, write_text
+from experiments.files import config_to_dict, versions, write_json, write_text
 from experiments.run import Job
 from experiments.task import Task, Variables, evaluate
 from experiments.train import Fitted, fit, refit, run_epochs

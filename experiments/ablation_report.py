@@ -6,7 +6,8 @@ from typing import Any
 
 from experiments.ablation_variants import REFERENCE, VARIANTS
 from experiments.evaluate import mean_std
-from experiments.report import SELECTION, markdown_table, number, percent, spread
+from experiments.run_report import SELECTION
+from experiments.text import markdown_table, number, percent, spread
 
 Row = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Row]]

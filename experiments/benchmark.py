@@ -42,7 +42,7 @@ from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
 from experiments.cli import parse
 from experiments.contenders import floor, jax_contenders, ours, unrolled
 from experiments.errors import InputError, exit_cleanly
-from experiments.report import config_to_dict, versions, write_json, write_text
+from experiments.files import config_to_dict, versions, write_json, write_text
 
 Row = dict[str, Any]
 Case = Callable[[], list[Row]]

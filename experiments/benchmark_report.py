@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report import markdown_table, number
+from experiments.text import markdown_table, number
 
 Row = Mapping[str, Any]
 

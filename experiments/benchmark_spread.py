@@ -16,7 +16,8 @@ from rich.markdown import Markdown
 
 from experiments.benchmark_report import LIBRARIES, Row, above_floor, called, next_library
 from experiments.errors import InputError, exit_cleanly
-from experiments.report import markdown_table, number, write_text
+from experiments.files import write_text
+from experiments.text import markdown_table, number
 
 
 def torchdeq(rows: Sequence[Row]) -> float | None:

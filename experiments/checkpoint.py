@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
 from experiments.errors import InputError
-from experiments.report import write_text
+from experiments.files import write_text
 
 PyTree = Any
 logger = logging.getLogger(__name__)

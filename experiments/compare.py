@@ -24,10 +24,11 @@ from rich.markdown import Markdown
 
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.cli import Parser
+from experiments.comparison import comparison_table
 from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_floors, compare_rows
-from experiments.report import comparison_table, write_json, write_text
+from experiments.files import write_json, write_text
 
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 

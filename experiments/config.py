@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from deq_fusion_jax import Anderson
 from deq_fusion_jax.baselines import make_fusion
 from experiments.errors import InputError
-from experiments.report import config_to_dict, versions, write_json
+from experiments.files import config_to_dict, versions, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,12 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from error
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter training
-    settings = {"experiment": experiment, "config": config_to_dict(config), "versions": versions()}
+    settings = {
+        "experiment": experiment,
+        "command": command_line(experiment, config),
+        "config": config_to_dict(config),
+        "versions": versions(),
+    }
     write_json(run_dir / "config.json", settings)
     return run_dir
 

@@ -41,6 +41,7 @@ class Results(TypedDict):
     validation: Metrics
     last_epoch: Metrics  # on test
     best_on_test: Metrics | None  # of the epoch with the best TEST score, where it was asked for
+    classes: Mapping[str, Metrics] | None  # "f1" and "support" of each on test; None: no classes
     floors: Mapping[str, Metrics]  # test scores of simpler models: what a fusion has to beat
     solver: Metrics | None  # converged (fraction), mean_steps, residual; None: nothing is solved
     parameters: int

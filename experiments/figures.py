@@ -51,6 +51,32 @@ def learning_curve(history: History) -> Figure:
     return figure
 
 
+def learning_curves(histories: Mapping[str, History]) -> Figure:
+    """Of several runs: training loss, the first validation metric, and their solvers' steps."""
+    solved = any(row.get("solver") for history in histories.values() for row in history)
+    figure, axes = _stack(3 if solved else 2)
+    for i, (name, history) in enumerate(histories.items()):
+        epoch = [row["epoch"] for row in history]
+        lap, place = divmod(i, len(CYCLE))
+        style = {"color": CYCLE[place], "linestyle": STYLES[lap % len(STYLES)]} | _marks(history)
+        metric = next(iter(history[-1].get("validation") or {"score": None}))
+        axes[0].plot(epoch, _column(history, "loss"), label=name, **style)
+        label = metric.replace("_", " ")
+        axes[1].plot(epoch, _column(history, "validation", metric), label=label, **style)
+        if any(row.get("solver") for row in history):
+            axes[2].plot(epoch, _column(history, "solver", "mean_steps"), **style)
+    axes[0].set_ylabel("training loss")
+    _legend_beside(axes[0])
+    metrics = dict.fromkeys(line.get_label() for line in axes[1].lines)
+    axes[1].set_ylabel("\n".join(["validation", *metrics]))
+    if solved:
+        axes[2].set_ylabel("solver steps,\nmean")
+        axes[2].set_ylim(bottom=0)
+    axes[-1].set_xlabel("epoch")
+    _whole_ticks(axes[-1], [row["epoch"] for history in histories.values() for row in history])
+    return figure
+
+
 def solver_health(history: History) -> Figure:
     """The solver over the whole training: steps, share converged, residual, spectral radius."""
     if not any(row.get("solver") for row in history):

@@ -25,7 +25,8 @@ from rich.progress import track
 from deq_fusion_jax import Anderson, DEQFusion
 from experiments.cli import parse
 from experiments.errors import exit_cleanly
-from experiments.report import markdown_table, versions, write_json, write_text
+from experiments.files import versions, write_json, write_text
+from experiments.text import markdown_table
 
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
 BATCH = 64

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import InputError, exit_cleanly
-from experiments.report import write_text
+from experiments.files import write_text
 
 
 def insert(readme: str, name: str, table: str) -> str:

@@ -5,7 +5,7 @@ runs/mmimdb/20260102-030405-deq-seed0/
   config.json     experiment, configuration, versions
   metrics.jsonl   one line an evaluation
   results.json    the outcome
-  report.md       the same to read, with figures/*.png
+  report.md       the same to read, with figures/*.png; report.html: all in one file
   checkpoints/    what --resume goes on from
   refit.jsonl     the same two of a second training on the validation rows too, with --refit
   refit/
@@ -30,14 +30,9 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import CommonConfig, command_line, open_run
 from experiments.datasets import Dataset
 from experiments.evaluate import Metrics, Results, per_class_f1
-from experiments.report import (
-    config_to_dict,
-    plain,
-    print_results,
-    report_markdown,
-    write_json,
-    write_text,
-)
+from experiments.files import config_to_dict, plain, write_json, write_text
+from experiments.page import page
+from experiments.run_report import print_results, report_markdown
 from experiments.task import Evaluation, Task, evaluate
 from experiments.train import Fitted, Schedule, fit, refit
 from experiments.warm import free_bytes, needed_bytes
@@ -79,6 +74,7 @@ def execute(job: Job, config: CommonConfig) -> Results:
     on_validation = evaluate(job.task, fitted.best, job.dataset.validation)
     on_test = evaluate(job.task, final.best, job.dataset.test)
     last_epoch = evaluate(job.task, final.last.learned, job.dataset.test)
+    labels, names = job.dataset.test.labels, job.dataset.classes
     ends = [fitted.history[-1], *([final.history[-1]] if final is not fitted else ())]
     results = Results(
         experiment=job.experiment,
@@ -91,27 +87,25 @@ def execute(job: Job, config: CommonConfig) -> Results:
         validation=on_validation.metrics,
         last_epoch=last_epoch.metrics,
         best_on_test=best_on_test(final.history, job.task.monitor),
+        classes=per_class_f1(labels, on_test.probabilities, names) if names else None,
         floors=job.floors,
         solver=_solver_summary(on_test),
         parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
         seconds=sum(row["seconds"] for row in ends),
     )
-    per_class = None
-    if classes := job.dataset.classes:
-        per_class = per_class_f1(job.dataset.test.labels, on_test.probabilities, classes)
     write_json(run_dir / "results.json", results)
     drawn = draw(run_dir / "figures", job, fitted, on_test)
     text = report_markdown(
         results,
         config_to_dict(config),
         fitted.history,
-        per_class,
         command=command_line(job.experiment, config),
         figures=drawn,
         notes=[*_notes(fitted, final, job, config), *job.notes],
     )
     write_text(run_dir / "report.md", text)
-    print_results(results, run_dir, per_class)
+    write_text(run_dir / "report.html", page(text, run_dir))
+    print_results(results, run_dir)
     print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
 

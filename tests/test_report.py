@@ -9,21 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.comparison import comparison_table
 from experiments.errors import InputError
 from experiments.evaluate import compare_rows
 from experiments.figures import gate_strength, learning_curve, residual_trace, solver_health
-from experiments.report import (
-    comparison_table,
-    config_to_dict,
-    markdown_table,
-    number,
-    percent,
-    print_results,
-    report_markdown,
-    versions,
-    write_json,
-    write_text,
-)
+from experiments.files import config_to_dict, versions, write_json, write_text
+from experiments.run_report import print_results, report_markdown
+from experiments.text import markdown_table, number, percent
 
 SOLVER = {"converged": 0.9996, "mean_steps": 14.25, "residual": 8.1e-5}
 PER_CLASS = {
@@ -47,6 +39,7 @@ def row(fusion="deq", seed=0, **changes):
         "selection": "validation",
         "test": {name: float(rng.random()) for name in metrics},
         "validation": {name: float(rng.random()) for name in metrics},
+        "classes": PER_CLASS,
         "floors": FLOORS,
         "solver": SOLVER if fusion == "deq" else None,
         "parameters": 9_876_543,
@@ -146,7 +139,6 @@ def full_report(**changes):
         row(**changes),
         config_to_dict(Config()),
         history,
-        PER_CLASS,
         command="python -m experiments.mmimdb --seed 0",
         figures={"figures/learning_curve.png": "Loss and scores by epoch"},
         notes=["The audio of 3 clips was missing."],
@@ -190,7 +182,7 @@ def test_a_run_selected_on_test_says_so():
 
 
 def test_a_plain_fusion_without_history_reports_too():
-    text = report_markdown(row("concat"), {}, command="python -m experiments.mmimdb")
+    text = report_markdown(row("concat", classes=None), {}, command="python -m experiments.mmimdb")
     assert "Solver: none in this fusion." in text
     assert "Nothing went wrong that was looked for." in text
     assert "## Figures" not in text and "## Classes" not in text
@@ -198,12 +190,12 @@ def test_a_plain_fusion_without_history_reports_too():
 
 def test_many_classes_show_both_ends():
     many = {f"answer {i}": {"f1": i / 100, "support": 5} for i in range(100)}
-    text = report_markdown(row(), {}, per_class=many, command="x")
+    text = report_markdown(row(classes=many), {}, command="x")
     assert "answer 99 " in text and "answer 0 " in text and "answer 50 " not in text
 
 
 def test_terminal_output_fits_and_is_complete():
-    text = printed(row(), Path("runs") / ("x" * 90), PER_CLASS)
+    text = printed(row(), Path("runs") / ("x" * 90))
     for promised in [
         "micro_f1",
         "macro_f1",

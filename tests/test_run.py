@@ -135,7 +135,10 @@ def test_a_refit_is_tested_and_the_first_training_reported(deq, tmp_path):
 class TestDirectory:
     def test_config(self, deq):
         saved = deq.json("config.json")
-        assert set(saved) == {"experiment", "config", "versions"} and saved["experiment"] == "toy"
+        assert (
+            set(saved) == {"experiment", "command", "config", "versions"}
+            and saved["experiment"] == "toy"
+        )
         assert saved["config"] == {
             **dataclasses.asdict(deq.config),
             "run_dir": str(deq.run_dir),
@@ -155,7 +158,7 @@ class TestDirectory:
         assert results == deq.results
         assert set(results) == set(Results.__annotations__) == {
             "experiment", "dataset", "data", "fusion", "seed", "selection", "test", "validation",
-            "last_epoch", "best_on_test", "floors", "solver", "parameters", "seconds",
+            "last_epoch", "best_on_test", "classes", "floors", "solver", "parameters", "seconds",
         }  # fmt: skip
         about = {key: results[key] for key in ("experiment", "dataset", "data", "fusion", "seed")}
         assert about == {
