@@ -12,8 +12,8 @@ bc-LSTM's text and video were computed by networks that saw the training labels,
 other utterances in (`--corruption`): as much as leaves text alone at an accuracy of about .75 and
 video at .55, which linear models of them are known to reach in the test part. Width, rate, dropout,
 the corruption of audio, and the context were chosen on validation rows that suffer alike (text .5,
-audio 0, video .8), over three seeds. README has what came of it in the test part, and of a second
-attempt without any corruption: mixing does not make up for unseen rows.
+audio 0, video .8), over three seeds. README has what came of it in the test part: mixing does not
+make up for unseen rows.
 """
 
 import functools
