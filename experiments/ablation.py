@@ -58,6 +58,7 @@ def trained(module: Any, base: CommonConfig, variant: Variant, seed: int) -> dic
         without = test._replace(inputs=test.inputs | {name: np.full_like(x, np.nan)})
         removed[name] = evaluate(job.task, fitted.best, without).metrics
     return {
+        "data": job.dataset.description,
         "variant": variant.name,
         "seed": seed,
         "metrics": result.metrics,

@@ -40,9 +40,11 @@ def spreads(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float | None]]
 def ablation_table(rows: Sequence[Row], title: str, selection: str) -> str:
     """The whole page in Markdown; the scores were selected by `selection`, as in results.json."""
     groups, seeds = by_variant(rows), len({row["seed"] for row in rows})
-    spread_over = f"Test scores, mean ± standard deviation (ddof = 1) over {seeds} seeds.  "
+    about = (
+        f"{rows[0]['data']}, test scores, mean ± standard deviation (ddof = 1) over {seeds} seeds."
+    )
     parts = [
-        (f"{spread_over}\n{SELECTION[selection]}", scores(groups)),
+        (f"{about}  \n{SELECTION[selection]}", scores(groups)),
         (COSTS, costs(groups)),
         (f"Weight-tied unrolls, continued to {DEEP} steps after their training.", deeper(groups)),
         ("A modality missing in every test row.", removed(groups)),

@@ -114,7 +114,7 @@ def test_a_run_is_measured_and_goes_on(main, data, tmp_path):
     assert status == 0 and "variants of DEQ fusion" in out, err
     (row,) = json.loads((folder / "ablation.json").read_text())["rows"]
     assert (row["variant"], row["seed"]) == ("DEQ", 0)
-    assert set(row["metrics"]) == {"accuracy", "f1", "auc"}
+    assert set(row["metrics"]) == {"accuracy", "f1", "auc"} and row["data"] == "ROSMAP"
     assert set(row["without"]) == {"mRNA", "methylation", "miRNA"}
     assert row["cost"]["ms_per_step"] > 0 and row["cost"]["temporaries_mb"] > 0
     assert 0 <= row["converged"] <= 1 and 0 < row["spectral_radius"] < 10 and row["deep"] is None
@@ -132,6 +132,7 @@ def made_up(name, seed, deep=None):
         "seed": seed,
         "metrics": {"accuracy": 0.5 + 0.1 * seed, "auc": 0.25},
         "converged": 0.5,
+        "data": "ROSMAP sample (synthetic)",
         "steps": 3.0,
         "spectral_radius": 0.75,
         "without": {"a": {"accuracy": 0.1, "auc": 0.2}, "b": {"accuracy": 0.3, "auc": 0.4}},
@@ -146,6 +147,7 @@ ROWS = [made_up(name, seed, "steps" in name) for name in ("DEQ", *NAMES) for see
 def test_the_table_has_every_variant_once_and_its_numbers():
     table = ablation_table(ROWS, "title", "refit")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert "\nROSMAP sample (synthetic), test scores, mean ± standard deviation" in table
     assert ["DEQ", "0.550 ± 0.071", "0.250 ± 0.000"] in cells
     assert ["weight-tied, 2 steps", "50.0 %", "3.0", "0.75", "12.3", "5.0"] in cells
     assert ["weight-tied, 2 steps", "0.400 ± 0.000", "0.125 ± 0.000", "99.9 %"] in cells
