@@ -73,6 +73,8 @@ def report(config: Config) -> str:
     if len(set(folders)) < len(folders):
         raise InputError("a run is given twice; give each directory once")
     runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):  # of two comparisons, say
+        runs = [r._replace(name=str(p)) for r, p in zip(runs, config.runs, strict=True)]
     folder = config.out or Path("runs/report") / time.strftime("%Y%m%d-%H%M%S")
     drawn = {}
     if any(len(run.history) > 1 for run in runs):

@@ -116,6 +116,16 @@ def test_the_command_writes_a_folder(main, tmp_path):
     assert (tmp_path / "both" / "report.md").exists()
 
 
+def test_runs_of_one_name_are_told_apart(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent in ("one", "two"):
+        (tmp_path / parent).mkdir()
+        written(tmp_path / parent / "deq", "deq")
+    assert main("one/deq", "two/deq", "--out", "both")[0] == 0
+    text = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
+    assert "| one/deq " in text and "| two/deq " in text
+
+
 def test_what_is_no_finished_run_is_refused(refuses, tmp_path):
     good = written(tmp_path / "good", "deq")
     refuses("no runs given")
