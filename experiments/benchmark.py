@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
-from experiments.benchmark_figures import figures
 from experiments.benchmark_problem import EPSILON, Problem, Shape, make_problem, norm, reaches
 from experiments.benchmark_profile import profiled
 from experiments.benchmark_report import fits, tables
@@ -42,6 +41,7 @@ from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
 from experiments.cli import parse
 from experiments.contenders import floor, jax_contenders, ours, unrolled
 from experiments.errors import InputError, exit_cleanly
+from experiments.figures.benchmark import figures
 from experiments.files import config_to_dict, versions, write_json, write_text
 
 Row = dict[str, Any]

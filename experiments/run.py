@@ -210,8 +210,8 @@ def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[st
     trace = residuals_by_step(job, fitted)
     if trace is not None:
         pictures["residuals"] = (
-            figures.residual_trace(*trace),
-            "Relative residual against solver step, validation rows",
+            figures.residual_traces(*trace),
+            "Relative residual against solver step",
         )
     if on_test.gates:
         pictures["gates"] = (
@@ -223,8 +223,8 @@ def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[st
     return {f"figures/{name}.png": caption for name, (_, caption) in pictures.items()}
 
 
-def residuals_by_step(job: Job, fitted: Fitted) -> tuple[np.ndarray, float] | None:
-    """[max_steps, B] residual trace of some validation rows and the tolerance; None if not DEQ."""
+def residuals_by_step(job: Job, fitted: Fitted) -> tuple[dict[str, np.ndarray], float] | None:
+    """Residuals [max_steps, B] of some validation rows and the tolerance; None if not DEQ."""
     fusion = getattr(job.task.model, "fusion", None)
     if not isinstance(fusion, DEQFusion) or not dataclasses.is_dataclass(fusion.solver):
         return None
@@ -234,7 +234,8 @@ def residuals_by_step(job: Job, fitted: Fitted) -> tuple[np.ndarray, float] | No
     assert validation is not None
     inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
     prediction: Any = jax.jit(model.apply)(fitted.best._asdict(), inputs)
-    return np.asarray(prediction.fusion.stats.trace), solver.tol
+    trace = np.asarray(prediction.fusion.stats.trace)
+    return {f"{trace.shape[1]:,} validation rows": trace}, solver.tol
 
 
 def _solver_summary(result: Evaluation) -> Metrics | None:

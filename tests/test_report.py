@@ -12,7 +12,6 @@ from rich.console import Console
 from experiments.comparison import comparison_table
 from experiments.errors import InputError
 from experiments.evaluate import compare_rows
-from experiments.figures import gate_strength, learning_curve, residual_trace, solver_health
 from experiments.files import config_to_dict, versions, write_json, write_text
 from experiments.run_report import print_results, report_markdown
 from experiments.text import markdown_table, number, percent
@@ -283,65 +282,6 @@ def test_unequal_seeds_are_said():
 def test_rows_that_do_not_belong_together_are_refused(rows, message):
     with pytest.raises(InputError, match=message):
         comparison_table(rows)
-
-
-# Figures
-
-HISTORY = [
-    {
-        "epoch": epoch,
-        "loss": 1 / epoch,
-        "validation": {"f1": 0.5, "auc": None},
-        "solver": {"converged": 1.0, "mean_steps": 9.5, "max_steps": 20, "residual": 1e-5},
-    }
-    for epoch in (1, 2, 3)
-]
-
-
-def labels(figure):
-    figure.savefig(io.BytesIO(), format="png")  # everything is drawn, without a warning
-    return [" ".join(axes.get_ylabel().split()) for axes in figure.axes]
-
-
-def test_learning_curve_has_solver_panels_only_with_a_solver():
-    plain = [{**row, "solver": None} for row in HISTORY]
-    assert labels(learning_curve(plain)) == ["loss", "validation score"]
-    assert labels(learning_curve(HISTORY))[2:] == ["samples converged", "solver steps"]
-    assert len(labels(learning_curve(HISTORY[:1]))) == 4
-
-
-def test_solver_health_adds_what_the_rows_have():
-    assert labels(solver_health(HISTORY)) == [
-        "solver steps",
-        "samples converged",
-        "relative residual",
-    ]
-    radius = [{**r, "solver": {**r["solver"], "spectral_radius": 0.8}} for r in HISTORY]
-    assert labels(solver_health(radius))[-1] == "spectral radius at the fixed point"
-    with pytest.raises(ValueError, match="solves nothing"):
-        solver_health([{**HISTORY[0], "solver": None}])
-
-
-def test_residual_trace_keeps_the_last_value_of_a_finished_sample():
-    nan = np.nan
-    trace = np.array([[1, 1, 1, 1], [1e-6, 0.5, np.inf, 0.5], [nan, 0, 0.5, 0.2], [nan] * 4])
-    figure = residual_trace(trace, tol=1e-4)
-    assert labels(figure)[1] == "converged (of 4)"
-    np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [0, 0.25, 0.5])
-    with pytest.raises(ValueError, match=r"\(2, 2\): expected \[steps, B\]"):
-        residual_trace(np.full((2, 2), nan), tol=1e-4)
-
-
-def test_gate_strength_by_modality_and_class():
-    gates = {"image": -np.ones((6, 2, 3)), "text": np.zeros(6)}
-    figure = gate_strength(gates)
-    assert labels(figure) == ["mean |gate| of a sample"]
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["image", "text"]
-    figure = gate_strength(gates, [0, 0, 0, 2, 2, 2], ["a", "b", "c"])
-    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
-    assert ticks == ["a\nn = 3", "c\nn = 3"]
-    with pytest.raises(ValueError, match="same number of samples"):
-        gate_strength({"image": np.ones(3), "text": np.ones(4)})
 
 
 # Text

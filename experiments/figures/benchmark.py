@@ -5,11 +5,10 @@ from operator import itemgetter
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.benchmark_report import MEGABYTE, Row, called, distinct
-from experiments.figures import CYCLE, GREY, STYLES
+from experiments.figures.style import CYCLE, GREY, STYLES, Figure
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, Figure]:

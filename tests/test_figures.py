@@ -1,0 +1,147 @@
+"""Figures show the numbers they are given, with their axes named."""
+
+import io
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from experiments.figures import (
+    gate_strength,
+    learning_curve,
+    phase_portrait,
+    planes,
+    residual_traces,
+    residuals,
+    solver_health,
+    steps_by_radius,
+    sweep,
+)
+
+HISTORY = [
+    {
+        "epoch": epoch,
+        "loss": 1 / epoch,
+        "validation": {"f1": 0.5, "auc": None},
+        "solver": {"converged": 1.0, "mean_steps": 9.5, "max_steps": 20, "residual": 1e-5},
+    }
+    for epoch in (1, 2, 3)
+]
+
+
+def labels(figure):
+    figure.savefig(io.BytesIO(), format="png")  # everything is drawn, without a warning
+    return [" ".join(axes.get_ylabel().split()) for axes in figure.axes]
+
+
+def line(axes, label):
+    (found,) = (line for line in axes.lines if line.get_label() == label)
+    return found.get_xydata()
+
+
+def test_learning_curve_has_solver_panels_only_with_a_solver():
+    plain = [{**row, "solver": None} for row in HISTORY]
+    assert labels(learning_curve(plain)) == ["loss", "validation score"]
+    assert labels(learning_curve(HISTORY))[2:] == ["samples converged", "solver steps"]
+    assert len(labels(learning_curve(HISTORY[:1]))) == 4
+
+
+def test_solver_health_adds_what_the_rows_have():
+    assert labels(solver_health(HISTORY)) == [
+        "solver steps",
+        "samples converged",
+        "relative residual",
+    ]
+    radius = [{**r, "solver": {**r["solver"], "spectral_radius": 0.8}} for r in HISTORY]
+    assert labels(solver_health(radius))[-1] == "spectral radius at the fixed point"
+    with pytest.raises(ValueError, match="solves nothing"):
+        solver_health([{**HISTORY[0], "solver": None}])
+
+
+def test_learning_curve_against_another_unit():
+    rows = [{"step": 10 * i, "loss": 1.0, "solver": HISTORY[0]["solver"]} for i in (1, 2)]
+    figure = learning_curve(rows, "step")
+    assert labels(figure) == ["loss", "samples converged", "solver steps"]
+    assert figure.axes[-1].get_xlabel() == "step"
+    assert_array_equal(figure.axes[0].lines[0].get_xdata(), [10, 20])
+
+
+NAN = np.nan
+
+
+def test_residual_traces_keep_the_last_value_of_a_finished_sample():
+    trace = np.array([[1, 1, 1, 1], [1e-6, 0.5, np.inf, 0.5], [NAN, 0, 0.5, 0.2], [NAN] * 4])
+    figure = residual_traces({"four": trace, "two": trace[:2, :2]}, tol=1e-4)
+    assert labels(figure)[2] == "converged"
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["four", "two"]
+    assert_array_equal(figure.axes[2].lines[0].get_ydata(), [0, 0.25, 0.5])
+    assert_array_equal(figure.axes[3].lines[0].get_ydata(), [0, 0.5, 0.5])  # to the longest's end
+    with pytest.raises(ValueError, match=r"\(2, 2\): expected \[steps, B\]"):
+        residual_traces({"none": np.full((2, 2), NAN)}, tol=1e-4)
+
+
+def test_residuals_end_where_the_solve_did():
+    figure = residuals({"a": [1, 0.1, NAN], "b": [1, 0.5, 0.25]}, tol=0.1, rate=0.5)
+    assert labels(figure) == ["relative residual"]
+    assert_array_equal(line(figure.axes[0], "a"), [[1, 1], [2, 0.1]])
+    assert_array_equal(line(figure.axes[0], "proportional to 0.50ᵏ")[:, 1], [0.5, 0.25, 0.125])
+
+
+def test_phase_portrait_has_arrows_a_path_and_the_fixed_point():
+    figure = phase_portrait(
+        lambda z: z / 2, {"halving": [[1, 1], [0.5, 0.5]]}, [[0, 0]], ((-1, 1), (-2, 2))
+    )
+    assert labels(figure) == ["$z_2$"] and figure.axes[0].get_title() == "halving"
+    (arrows,) = figure.axes[0].collections
+    assert_allclose(np.stack([arrows.U, arrows.V], axis=1), -arrows.get_offsets() / 2)
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 1, 1]
+
+
+def test_steps_by_radius_draws_what_plain_iteration_needs():
+    figure = steps_by_radius({"a": ([0.5, 1.2], [10, 50])}, tol=1e-3)
+    assert labels(figure) == ["solver steps"]
+    rho, steps = line(figure.axes[0], "ln tol / ln ρ").T
+    assert_allclose(rho**steps, 1e-3)
+
+
+def test_sweep_draws_medians_and_shares():
+    values = np.arange(20.0).reshape(2, 10)
+    figure = sweep(
+        [1, 10], {"steps": {"a": values}, "share converged": {"a": [1, 0.5]}}, "s", log=["s"]
+    )
+    assert labels(figure) == ["steps", "share converged"]
+    assert_array_equal(line(figure.axes[0], "a"), [[1, 4.5], [10, 14.5]])
+    assert figure.axes[0].get_xscale() == "log" and figure.axes[0].get_yscale() == "linear"
+    assert figure.axes[1].get_ylim()[1] > 1
+
+
+def test_sweep_shares_an_axis_that_holds_every_panel():
+    figure = sweep([1, 2], {"low": {"a": [1, 2]}, "high": {"a": [1, 9]}}, "x", ylabel="y")
+    assert labels(figure) == ["y", ""]
+    assert [axes.get_title() for axes in figure.axes] == ["low", "high"]
+    assert figure.axes[0].get_ylim()[1] > 9 and figure.axes[0].get_ylim()[0] == 0
+
+
+def test_a_notebook_shows_a_figure():
+    assert sweep([1, 2], {"y": {"a": [1, 2]}}, "x")._repr_png_().startswith(b"\x89PNG")
+
+
+def test_planes_show_every_sample_in_its_class():
+    points, group = np.arange(12.0).reshape(6, 2), [0, 1, 0, 1, 1, 0]
+    panels = {"before": (points, group), "after": (-points[:2], [1, 1])}
+    figure = planes(panels, ["no", "yes"])
+    assert labels(figure) == ["2nd direction", ""]
+    assert_array_equal(line(figure.axes[0], "yes"), points[[1, 3, 4]])
+    assert_array_equal(line(figure.axes[1], "yes"), -points[:2])
+
+
+def test_gate_strength_by_modality_and_class():
+    gates = {"image": -np.ones((6, 2, 3)), "text": np.zeros(6)}
+    figure = gate_strength(gates)
+    assert labels(figure) == ["mean |gate| of a sample"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["image", "text"]
+    figure = gate_strength(gates, [0, 0, 0, 2, 2, 2], ["a", "b", "c"])
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["a\nn = 3", "c\nn = 3"]
+    with pytest.raises(ValueError, match="same number of samples"):
+        gate_strength({"image": np.ones(3), "text": np.ones(4)})
