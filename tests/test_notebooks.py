@@ -28,13 +28,6 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def public_names():
-    """The names that `deq_fusion_jax/__init__.py` exports as `X as X`."""
-    tree = ast.parse(Path(deq_fusion_jax.__file__).read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
-
-
 def private_imports(source):
     """What `source` imports of the library beside its public names and documented modules."""
     found = []
@@ -44,7 +37,7 @@ def private_imports(source):
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deq_fusion_jax"):
             names = {alias.name for alias in node.names}
             if node.module == "deq_fusion_jax":
-                private = names - public_names()
+                private = names - set(deq_fusion_jax.__all__)
             elif node.module in DOCUMENTED_MODULES:
                 private = {name for name in names if name.startswith(("_", "*"))}
             else:
