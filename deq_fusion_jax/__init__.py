@@ -1,16 +1,37 @@
-from deq_fusion_jax.cell import FusionCell as FusionCell
-from deq_fusion_jax.cell import FusionState as FusionState
-from deq_fusion_jax.diagnostics import jacobian_penalty as jacobian_penalty
-from deq_fusion_jax.diagnostics import spectral_radius as spectral_radius
-from deq_fusion_jax.fixed_point import deq_fixed_point as deq_fixed_point
-from deq_fusion_jax.fusion import DEQFusion as DEQFusion
-from deq_fusion_jax.fusion import FusionOutput as FusionOutput
-from deq_fusion_jax.gradients import Adjoint as Adjoint
-from deq_fusion_jax.gradients import Implicit as Implicit
-from deq_fusion_jax.gradients import Phantom as Phantom
-from deq_fusion_jax.gradients import Unrolled as Unrolled
-from deq_fusion_jax.solvers import Anderson as Anderson
-from deq_fusion_jax.solvers import Broyden as Broyden
-from deq_fusion_jax.solvers import Picard as Picard
-from deq_fusion_jax.stats import ConvergenceError as ConvergenceError
-from deq_fusion_jax.stats import SolveStats as SolveStats
+"""Deep equilibrium multimodal fusion, and the differentiable fixed-point primitive under it.
+
+`deq_fixed_point` solves z* = f(z*, …) for every sample of a batch and differentiates z* implicitly;
+`Picard`, `Anderson` and `Broyden` say how it is solved, `Implicit`, `Phantom` and `Unrolled` how it
+is differentiated, `SolveStats` what happened. `DEQFusion` is a flax.linen module that fuses
+features of named modalities by solving for the fixed point of a `FusionCell`; the fusions in
+`deq_fusion_jax.baselines` are called the same way.
+
+Source: Ni, Bai, Zhang, Yao and Mei, "Deep Equilibrium Multimodal Fusion", arXiv 2306.16645.
+"""
+
+from deq_fusion_jax.cell import FusionCell, FusionState
+from deq_fusion_jax.diagnostics import jacobian_penalty, spectral_radius
+from deq_fusion_jax.fixed_point import deq_fixed_point
+from deq_fusion_jax.fusion import DEQFusion, FusionOutput
+from deq_fusion_jax.gradients import Adjoint, Implicit, Phantom, Unrolled
+from deq_fusion_jax.solvers import Anderson, Broyden, Picard
+from deq_fusion_jax.stats import ConvergenceError, SolveStats
+
+__all__ = [
+    "Adjoint",
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "DEQFusion",
+    "FusionCell",
+    "FusionOutput",
+    "FusionState",
+    "Implicit",
+    "Phantom",
+    "Picard",
+    "SolveStats",
+    "Unrolled",
+    "deq_fixed_point",
+    "jacobian_penalty",
+    "spectral_radius",
+]

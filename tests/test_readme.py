@@ -1,19 +1,25 @@
-"""What README says runs: its snippets, its commands, its files."""
+"""What README and the pages beside it say runs: snippets, commands, files."""
 
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import deq_fusion_jax
+from experiments import overview
 from experiments.errors import InputError
-from experiments.readme import insert, update
+from experiments.readme import PAGES, insert, up_to_first_table, update
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"python (-m experiments\.[^`\n]*)", README)))
+COMMANDS = sorted(set(re.findall(r"python (-m experiments\.[^`\n]*)", "".join(TEXTS.values()))))
 
 
 def test_snippets_run():
@@ -24,7 +30,7 @@ def test_snippets_run():
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) == 3 and len(COMMANDS) >= 5
+    assert len(SNIPPETS) == 4 and len(COMMANDS) >= 15
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,11 +54,50 @@ def test_set_up_is_one_line_each():
     assert [line.split(" -m ")[-1] for line in lines] == ["experiments.mmimdb", "pytest -n 2"]
 
 
-def test_files_named_exist():
-    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE):
-        assert (ROOT / "deq_fusion_jax" / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", TEXTS[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, link
+
+
+def test_files_of_the_library_are_all_listed():
+    listed = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
+    there = {path.name for path in (ROOT / "deq_fusion_jax").glob("*.py")}
+    assert listed == there - {"__init__.py"}
+
+
+def test_tables_of_readme_are_those_of_the_pages_it_links_to():
+    pattern = r"<!-- begin (\w+): first table -->\n(.*?)\n<!-- end \1 -->"
+    found = re.findall(pattern, README, re.DOTALL)
+    assert len(found) == 3
+    others = "".join(TEXTS[page] for page in PAGES[1:])
+    for name, table in found:
+        whole = re.search(f"<!-- begin {name} -->\n(.*?)\n<!-- end {name} -->", others, re.DOTALL)
+        assert table == up_to_first_table(whole.group(1))
+
+
+def test_the_reference_has_every_public_name(tmp_path):
+    (command,) = re.findall(r"python (-m pdoc [^`]*) -o runs/api deq_fusion_jax`", README)
+    words = [*shlex.split(command), "-o", str(tmp_path), "deq_fusion_jax"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Warn" not in done.stderr, done.stderr
+    html = (tmp_path / "deq_fusion_jax.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'<section id="(\w+)"', html)) == set(deq_fusion_jax.__all__)
+    assert all(getattr(deq_fusion_jax, name).__doc__ for name in deq_fusion_jax.__all__)
+
+
+def test_the_picture_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overview.main()
+    assert "Picture: notebooks/overview.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "notebooks/overview.png") as picture:
+        assert picture.width > 1000
 
 
 def test_insert_replaces_between_the_marks_only():
@@ -62,6 +107,12 @@ def test_insert_replaces_between_the_marks_only():
     assert insert(once, "t", "| new |") == once
 
 
+def test_insert_takes_the_first_table_where_the_marks_say_so():
+    page = "<!-- begin t: first table -->\n<!-- end t -->"
+    table = "# Title\n\nabout\n\n| a |\n| - |\n| 1 |\n\n| b |\n"
+    assert "about\n\n| a |\n| - |\n| 1 |\n<!-- end" in insert(page, "t", table)
+
+
 def test_insert_needs_marks_and_files(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n")
@@ -69,9 +120,9 @@ def test_insert_needs_marks_and_files(tmp_path):
     table.write_text("| x |\n")
     for arguments, message in (
         ([], "nothing to insert"),
-        ([f"t={table}"], "no marks"),
+        ([f"t={table}"], "no page has marks for t"),
         ([f"t={tmp_path / 'missing.md'}"], "No such file"),
     ):
         with pytest.raises(InputError, match=message):
-            update(arguments, readme)
+            update(arguments, [readme])
     assert readme.read_text() == "nothing\n"
