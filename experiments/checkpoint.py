@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,19 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The newest `keep` states of a run in `directory`, which appears with the first save."""
+    """The newest `keep` states of a run in `directory`, which appears with the first save.
 
-    def __init__(self, directory: Path, keep: int = 2):
+    A save is `due` once `every` seconds have passed since the last one: where an epoch takes less
+    time than its save, most of a run would be saving.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2, every: float = 0.0):
         if keep < 1:
             raise InputError(f"keep={keep}: at least one checkpoint has to be kept; give 1 or more")
         self.directory = Path(directory).absolute()  # Orbax takes absolute paths only
         self.keep = keep
+        self.every = every
+        self.saved_at = time.monotonic()
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"{directory} is a file, expected a directory of checkpoints")
 
@@ -51,6 +58,9 @@ class Checkpoints:
         entries = self.directory.iterdir()
         names = [p.stem for p in entries if p.suffix == ".sha256" or (p.is_dir() and not p.suffix)]
         return sorted({int(name) for name in names if name.isdecimal()})
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved_at >= self.every
 
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
         """Write `state` and `metadata` (JSON: epoch, history, …) as `step`; returns once sealed.
@@ -77,6 +87,7 @@ class Checkpoints:
         sync_global_devices("checkpoint sealed")
         for old in self.steps()[: -self.keep]:
             self._remove(old)
+        self.saved_at = time.monotonic()
 
     def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """(step, state, metadata) of the newest whole step; None when nothing was ever saved.

@@ -37,6 +37,7 @@ from experiments.task import Evaluation, Task, evaluate
 from experiments.train import Fitted, Schedule, fit, refit
 from experiments.warm import free_bytes, needed_bytes
 
+SAVE_SECONDS = 10  # between two checkpoints; what a crash may cost
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
 
 
@@ -116,7 +117,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     data, validation = job.dataset.train, job.dataset.validation
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
-    saved = Checkpoints(run_dir / "checkpoints")
+    saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
     with _progress(schedule.epochs, task.monitor) as show:
         report = _recorder(run_dir / "metrics.jsonl", show)
         watched = None if config.refit else test
@@ -124,7 +125,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     if not config.refit:
         return fitted, fitted
     print(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
-    saved = Checkpoints(run_dir / "refit")
+    saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
     with _progress(fitted.history[-1]["epoch"]) as show:
         report = _recorder(run_dir / "refit.jsonl", show)
         final = refit(fitted, task, optimiser, job.dataset, schedule, seed, saved, report, test)

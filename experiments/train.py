@@ -97,8 +97,9 @@ def fit(
     Every evaluation, the one before the first step included, adds a row to the history,
     {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
     validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
-    and hands it to `report`; each after a step also saves a checkpoint. Where `checkpoints` holds
-    any, training goes on from the newest whole one. Training that has produced a NaN stops there.
+    and hands it to `report`. Where a save is due, and at the end, a checkpoint is saved; where
+    `checkpoints` holds any, training goes on from the newest whole one. Training that has produced
+    a NaN stops there.
     With `test` every row also has "test": {metric: value}, which nothing here looks at.
     """
     batch_size = min(schedule.batch_size, len(train.labels))
@@ -131,7 +132,7 @@ def fit(
         history.append(evaluate_now(0, {}, 0.0))
     for row in history:
         report(row)
-    while history[-1]["epoch"] < schedule.epochs and not _is_over(history, best_epoch, schedule):
+    while not _is_over(history, best_epoch, schedule):
         start = time.monotonic()
         epochs = min(schedule.evaluate_every, schedule.epochs - history[-1]["epoch"])
         state, seen = run_epochs(task, optimiser, state, train, batch_size, epochs)
@@ -140,7 +141,7 @@ def fit(
         history.append(row)
         if _is_chosen(history, best_epoch, keep, task.monitor, schedule.smooth):
             best, best_epoch = _copy(state.learned), row["epoch"]
-        if checkpoints:
+        if checkpoints and (checkpoints.due() or _is_over(history, best_epoch, schedule)):
             metadata = {"history": history, "best_epoch": best_epoch}
             checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
         report(row)
@@ -182,7 +183,9 @@ def _is_chosen(
 
 
 def _is_over(history: list[dict[str, Any]], best_epoch: int, schedule: Schedule) -> bool:
-    """Whether patience has run out, or the loss is not finite any more."""
+    """Whether all epochs are done, patience has run out, or the loss is not finite any more."""
+    if history[-1]["epoch"] >= schedule.epochs:
+        return True
     if history[-1]["loss"] is not None and not np.isfinite(history[-1]["loss"]):
         return True
     since = sum(row["epoch"] > best_epoch for row in history)

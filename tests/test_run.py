@@ -48,6 +48,13 @@ def probabilities(logits):
     return e / e.sum(axis=1, keepdims=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_save_after_every_epoch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.run.SAVE_SECONDS", 0)
+        yield
+
+
 def rows(n, seed):
     rng = np.random.default_rng(seed)
     labels = (np.arange(n) % 3).astype(np.int32)

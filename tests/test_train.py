@@ -159,6 +159,12 @@ class TestResume:
         seconds = [row["seconds"] for row in again.history]
         assert seconds == sorted(seconds)
 
+    def test_saves_when_due_and_at_the_end(self, deq, tmp_path):
+        seldom = Checkpoints(tmp_path, keep=9, every=1e6)
+        first = deq.fit(3, seldom)
+        assert seldom.steps() == [int(first.last.step)]
+        assert bits(deq.fit(4, seldom).last) == bits(deq.whole.last)
+
     def test_a_finished_run_goes_on_to_more_epochs(self, deq, tmp_path):
         first = deq.fit(2, Checkpoints(tmp_path))
         assert [row["epoch"] for row in first.history] == [0, 1, 2]
