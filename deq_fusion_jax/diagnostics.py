@@ -15,6 +15,12 @@ def jacobian_penalty(
     Σ_p ‖v_pᵀ J‖² / (P·B·N) with P probes v_p ~ N(0, I). Differentiable in args and in what f closes
     over; z is held constant, as in the paper's code.
 
+        >>> import jax.numpy as jnp
+        >>> from deq_fusion_jax import jacobian_penalty
+        >>> f = lambda z: 0.5 * z  # J = I / 2, so ‖J‖_F² / (B·N) = 1/4
+        >>> print(f"{jacobian_penalty(f, jnp.zeros((2, 3)), probes=jnp.ones((1, 2, 3))):.2f}")
+        0.25
+
     Args:
       f: the map (z, *args) → z.
       z: pytree [B, …], usually the fixed point.
@@ -43,6 +49,13 @@ def spectral_radius(f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int
 
     The geometric mean of ‖J v‖ / ‖v‖ over the second half of the steps: unlike a Rayleigh
     quotient it also settles where the dominant eigenvalues are a complex pair. No gradient.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from deq_fusion_jax import spectral_radius
+        >>> turn = 0.5 * jnp.array([[0.0, -1.0], [1.0, 0.0]])  # eigenvalues ± i / 2
+        >>> rho = spectral_radius(lambda z: z @ turn.T, jnp.zeros((1, 2)), key=jax.random.key(0))
+        >>> print(rho.round(3))
+        [0.5]
 
     Args:
       f: the map (z, *args) → z, each sample for itself.

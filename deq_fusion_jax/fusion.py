@@ -130,9 +130,14 @@ class CellFusion(nn.Module):
 class DEQFusion(CellFusion):
     """Deep equilibrium fusion of named modalities: the cell at its fixed point.
 
-        fusion = DEQFusion(features=512)
-        variables = fusion.init(key, {"image": x_image, "text": x_text})
-        out = fusion.apply(variables, {"image": x_image, "text": x_text})
+        >>> import jax, jax.numpy as jnp
+        >>> from deq_fusion_jax import DEQFusion
+        >>> inputs = {"image": jnp.ones((2, 8)), "text": jnp.linspace(0, 1, 12).reshape(2, 6)}
+        >>> fusion = DEQFusion(features=16)
+        >>> variables = fusion.init(jax.random.key(0), inputs)
+        >>> out = fusion.apply(variables, inputs)
+        >>> out.fused.shape, out.modalities["text"].shape, out.stats.converged.tolist()
+        ((2, 16), (2, 16), [True, True])
 
     The defaults are the paper's maps started so that the iteration converges for inputs of every
     scale: gate_scale, residual_scale and lift; `DEQFusion.official` is started as the paper's.

@@ -46,8 +46,16 @@ class Adjoint:
     JAX keeps what happens in a backward pass to itself, except for gradients. So `deq_fixed_point`
     takes an `Adjoint` to start from and hands out the final one as the gradient with respect to it:
 
-        adjoint = Adjoint.zeros(z0)
-        grads, adjoint = jax.grad(loss, argnums=(0, 1))(params, adjoint)
+        >>> import jax, jax.numpy as jnp
+        >>> from deq_fusion_jax import Adjoint, deq_fixed_point
+        >>> def loss(a, adjoint0):
+        ...     f, z0 = lambda z, a: jnp.cos(a * z), jnp.zeros((2, 1))
+        ...     z_star, _ = deq_fixed_point(f, z0, a, adjoint0=adjoint0)
+        ...     return z_star.sum()
+        >>> adjoint0 = Adjoint.zeros(jnp.zeros((2, 1)))
+        >>> gradient, adjoint = jax.grad(loss, argnums=(0, 1))(jnp.ones((2, 1)), adjoint0)
+        >>> adjoint.failed.tolist()
+        [0.0, 0.0]
 
     As gradients do, the statistics of several solves with one `Adjoint` add up.
 

@@ -1,6 +1,6 @@
 """Several runs to read: fusions over seeds in one table, and any runs side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.evaluate import Results, compare_floors, compare_rows
@@ -12,17 +12,6 @@ def comparison_table(rows: Sequence[Results]) -> str:
     """`compare_rows` in Markdown: the test scores, then what they cost."""
     groups = compare_rows(rows)
     metrics = list(dict.fromkeys(name for group in groups for name in group["test"]))
-    costs = [["fusion", "converged", "mean steps", "parameters", "seconds"]]
-    costs += [
-        [
-            g["fusion"],
-            percent(g["solver"].get("converged", {}).get("mean")),
-            number(g["solver"].get("mean_steps", {}).get("mean"), 1),
-            number(g["parameters"]["mean"], 0),
-            number(g["seconds"]["mean"], 1),
-        ]
-        for g in groups
-    ]
     lines = [f"# {rows[0]['experiment']}: fusions compared, {about(rows[0])}", ""]
     lines += ["Test scores, mean ± standard deviation (ddof = 1) over n seeds.  "]
     lines += [SELECTION[rows[0]["selection"]], ""]
@@ -30,7 +19,17 @@ def comparison_table(rows: Sequence[Results]) -> str:
     for part, selection in (("last_epoch", "last"), ("best_on_test", "test")):
         if any(group[part] for group in groups):
             lines += [SELECTION[selection], "", _spreads(groups, part, metrics), ""]
-    lines += ["Means over the seeds; – where a fusion has no solver.", "", markdown_table(costs)]
+    costs = [
+        (
+            g["fusion"],
+            *(g["solver"].get(name, {}).get("mean") for name in ("converged", "mean_steps")),
+            g["parameters"]["mean"],
+            g["seconds"]["mean"],
+        )
+        for g in groups
+    ]
+    lines += ["Means over the seeds; – where a fusion has no solver.", ""]
+    lines.append(_cost_table("fusion", costs))
     if len({tuple(sorted(g["seeds"])) for g in groups}) > 1:
         lines += ["", "The fusions were not run with the same seeds: compare with care."]
     return "\n".join(lines) + "\n"
@@ -77,7 +76,11 @@ def side_by_side(runs: Sequence[Run], figures: Mapping[str, str] | None = None) 
         scores = [[r.name, *(number(r.results["test"].get(m)) for m in metrics)] for r in chosen]
         lines += ["## Test scores", "", SELECTION[selection], ""]
         lines += [markdown_table([["run", *metrics], *scores]), ""]
-    lines += ["## Solver and cost", "", markdown_table(_costs(runs)), ""]
+    costs = []
+    for name, *_, r, _ in runs:
+        solver = [(r["solver"] or {}).get(key) for key in ("converged", "mean_steps")]
+        costs.append((name, *solver, r["parameters"], r["seconds"]))
+    lines += ["## Solver and cost", "", _cost_table("run", costs), ""]
     if len(differences := _differences(runs)) > 1:
         lines += ["## Options that differ", "", markdown_table(differences), ""]
     if len(classes := _classes(runs)) > 1:
@@ -90,14 +93,13 @@ def side_by_side(runs: Sequence[Run], figures: Mapping[str, str] | None = None) 
     return "\n".join(lines)
 
 
-def _costs(runs: Sequence[Run]) -> list[list[str]]:
-    table = [["run", "converged", "mean steps", "parameters", "seconds"]]
-    for run in runs:
-        solver = run.results["solver"] or {}
-        share, steps = percent(solver.get("converged")), number(solver.get("mean_steps"), 1)
-        size, seconds = number(run.results["parameters"]), number(run.results["seconds"], 1)
-        table.append([run.name, share, steps, size, seconds])
-    return table
+def _cost_table(head: str, rows: Iterable[tuple]) -> str:
+    """(name, share converged, mean steps, parameters, seconds) of each row."""
+    lines = [[head, "converged", "mean steps", "parameters", "seconds"]]
+    for name, converged, steps, size, seconds in rows:
+        cost = [percent(converged), number(steps, 1), number(size, 0), number(seconds, 1)]
+        lines.append([name, *cost])
+    return markdown_table(lines)
 
 
 def _differences(runs: Sequence[Run]) -> list[list[str]]:

@@ -89,7 +89,9 @@ def title(results: Results) -> str:
 
 
 def about(results: Results) -> str:
-    return "sample (synthetic)" if results["data"] == "sample" else f"{results['dataset']} data"
+    if results["data"] == "sample":
+        return "sample (synthetic)"
+    return f"{results['dataset'].removesuffix(' data').removesuffix('data')} data".strip()
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
