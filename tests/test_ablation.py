@@ -110,18 +110,17 @@ def test_a_run_is_measured_and_goes_on(main, data, tmp_path):
             "--no-refit", "--jacobian-weight", 0, "--parts",
         )  # fmt: skip
 
-    status, out, err = run(1)
+    status, out, err = run(2)
     assert status == 0 and "variants of DEQ fusion" in out, err
-    (row,) = json.loads((folder / "ablation.json").read_text())["rows"]
-    assert (row["variant"], row["seed"]) == ("DEQ", 0)
+    row, second = json.loads((folder / "ablation.json").read_text())["rows"]
+    assert (row["variant"], row["seed"], second["seed"]) == ("DEQ", 0, 1)
     assert set(row["metrics"]) == {"accuracy", "f1", "auc"} and row["data"] == "ROSMAP"
     assert set(row["without"]) == {"mRNA", "methylation", "miRNA"}
     assert row["cost"]["ms_per_step"] > 0 and row["cost"]["temporaries_mb"] > 0
     assert 0 <= row["converged"] <= 1 and 0 < row["spectral_radius"] < 10 and row["deep"] is None
     assert (folder / "ablation.png").exists() and (folder / "ablation.md").exists()
-    assert run(2)[0] == 0  # the first is there
-    first, second = json.loads((folder / "ablation.json").read_text())["rows"]
-    assert first == row and second["seed"] == 1
+    assert run(2)[0] == 0  # both are there
+    assert json.loads((folder / "ablation.json").read_text())["rows"] == [row, second]
     status, _, err = run(2, "--learning-rate", 0.5)
     assert status == 2 and "other options" in err and err.count("\n") == 1
 

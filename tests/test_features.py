@@ -41,7 +41,7 @@ RNG = np.random.default_rng(0)
 SIGN = {name: RNG.choice([-1.0, 1.0], N) for name in "abc"}
 
 
-BRIEF = ("--epochs", 40)
+BRIEF = ("--fusion", "concat", "--epochs", 40)
 
 
 def around(sign, *shape):

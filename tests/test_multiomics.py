@@ -258,7 +258,7 @@ class TestBadInput:
         """Fewer than the five folds of the logistic regression."""
         monkeypatch.chdir(tmp_path)
         folder = write_rosmap(tmp_path / "data", rows, 4)
-        status, _, err = main("--data-dir", folder, "--fusion", "sum", "--epochs", 1)
+        status, _, err = main("--data-dir", folder, "--fusion", "sum", "--epochs", 1, "--no-refit")
         assert status == 0 and "error" not in err
 
     def test_patients_of_one_class(self, refuses, made_up, tmp_path):

@@ -121,21 +121,21 @@ def run(plain):
     return plain
 
 
-def test_a_refit_is_tested_and_the_first_training_reported(deq, tmp_path):
+def test_a_refit_is_tested_and_the_first_training_reported(plain, tmp_path):
     """As long as the first, on the validation rows too: what `refit` returns, and said so."""
     run_dir = tmp_path / "run"
-    results = deq.execute(run_dir=run_dir, refit=True)
-    assert results["selection"] == "refit" and results["validation"] == deq.results["validation"]
-    what = deq.job.task, deq.job.optimiser
-    chosen = fit(*what, DATASET.train, DATASET.validation, deq.job.schedule, 5)
-    again = refit(chosen, *what, DATASET, deq.job.schedule, 5)
-    expected = [evaluate(deq.job.task, v, DATASET.test) for v in (again.best, chosen.best)]
+    results = plain.execute(run_dir=run_dir, refit=True)
+    assert results["selection"] == "refit" and results["validation"] == plain.results["validation"]
+    what = plain.job.task, plain.job.optimiser
+    chosen = fit(*what, DATASET.train, DATASET.validation, plain.job.schedule, 5)
+    again = refit(chosen, *what, DATASET, plain.job.schedule, 5)
+    expected = [evaluate(plain.job.task, v, DATASET.test) for v in (again.best, chosen.best)]
     assert results["test"] == expected[0].metrics
     assert np.abs(expected[0].probabilities - expected[1].probabilities).max() > 1e-3
     report = (run_dir / "report.md").read_text(encoding="utf-8")
     assert "trained on those rows too" in report and "second training" in report
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
-    again = deq.execute(run_dir=run_dir, refit=True, resume=True)
+    again = plain.execute(run_dir=run_dir, refit=True, resume=True)
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
 
