@@ -43,12 +43,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, experiments: Sequence[str]):
         super().__init__(
             prog=f"python -m experiments.{command}",
+            usage=f"python -m experiments.{command} EXPERIMENT [options, the experiment's too]",
             allow_abbrev=False,
             description=description,
             epilog="All other options go to the experiment; see python -m experiments.NAME --help.",
         )
         self.add_argument("experiment", choices=experiments)
-        self.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1")
+        self.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1, by default 5")
         where = f"by default a new folder under runs/{command}"
         self.add_argument("--run-dir", type=Path, help=where)
 

@@ -37,7 +37,8 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The comparison's own options, and the rest, which are the experiment's."""
     description = "Trains several fusions with several seeds and prints one table."
     parser = Parser("compare", description, EXPERIMENTS)
-    parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION")
+    names = f"{', '.join(FUSIONS)}, or the name of one modality"
+    parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION", help=names)
     return parser.own_and_rest(args)
 
 
@@ -83,6 +84,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
     write_json(folder / "compare.json", {"rows": rows, **groups})
     write_text(folder / "compare.md", comparison_table(rows))
+    print(f"Folder: {folder}")
     return rows
 
 

@@ -152,9 +152,22 @@ def utterances(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
         jacobian_weight=config.jacobian_weight,
         average=config.average,
     )
-    linear = logistic_regression(train.rows, test.rows, len(mosi.CLASSES))
-    floors = {"logistic regression": metrics(test.rows.labels, linear)}
-    return dataset, task, floors
+    return dataset, task, linear_models(train, test, config.context)
+
+
+def linear_models(
+    train: mosi.Utterances, test: mosi.Utterances, context: int
+) -> dict[str, Metrics]:
+    """Logistic regression on an utterance, and on what a fusion with context reads."""
+
+    def scores(train: Split, test: Split) -> Metrics:
+        return metrics(test.labels, logistic_regression(train, test, len(mosi.CLASSES)))
+
+    found = {"logistic regression": scores(train.rows, test.rows)}
+    if context:
+        windows = [mosi.windows(part, context) for part in (train, test)]
+        found["logistic regression, context"] = scores(*windows)
+    return found
 
 
 # --- aligned -----------------------------------------------------------------------------------

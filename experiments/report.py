@@ -7,6 +7,7 @@ and prints the tables.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def report(config: Config) -> str:
 
 @exit_cleanly()
 def main() -> None:
-    Console().print(Markdown(report(parse_args(sys.argv[1:]))))
+    text = report(parse_args(sys.argv[1:]))
+    Console().print(Markdown(re.sub(r"!\[(.*?)\]\((.*?)\)", r"\1: `\2`", text)))
 
 
 if __name__ == "__main__":

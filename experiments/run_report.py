@@ -131,7 +131,7 @@ def _solver(solver: Metrics | None) -> str:
     return (
         f"Solver: {percent(solver.get('converged'))} of the samples converged, "
         f"{number(solver.get('mean_steps'), 1)} steps on average, "
-        f"relative residual {number(solver.get('residual'), 1, 'e')}."
+        f"largest relative residual {number(solver.get('residual'), 2, 'e')}."
     )
 
 

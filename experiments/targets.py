@@ -77,7 +77,7 @@ def multilabel(dataset: Dataset) -> Target:
         multilabel_metrics,
         sigmoid,
         "macro_f1",
-        ("frequent classes only", scores),
+        ("always the frequent classes", scores),
         ("logistic regression", linear.one_vs_rest),
     )
 

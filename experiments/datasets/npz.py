@@ -15,8 +15,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
       InputError: it cannot be read, or holds objects.
     """
     try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            return dict(file)
+        with path.open("rb") as handle:
+            if not zipfile.is_zipfile(handle):
+                raise zipfile.BadZipFile("it is no archive of arrays")
+            handle.seek(0)
+            with np.load(handle, allow_pickle=False) as file:
+                return dict(file)
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} cannot be read as an .npz file of plain arrays ({error}); "

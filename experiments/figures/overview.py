@@ -30,15 +30,16 @@ def _maps(axes: Axes) -> None:
         _box(axes, 3.9, y, f"$f_{sub}$", color, 1.5)
         _loop(axes, 3.9, y + 0.42, f"$z_{sub}$", color)
         _arrow(axes, (4.7, y), (7.1, 2.8 + 0.35 * (1 - i)), color)
-        axes.text(
-            5.8, (y + 2.8) / 2 + (0.38, 0.22, -0.55)[i], rf"$\odot\,\alpha_{sub}$", color=color
-        )
+        above = (y + 2.8) / 2 + (0.38, 0.15, -0.55)[i]
+        axes.text(5.7, above, rf"gate $\alpha_{sub}$", color=color)
     _box(axes, 7.95, 2.8, r"$f_\mathrm{fuse}$", BLACK, 1.6, 1.5)
-    _loop(axes, 7.95, 3.57, r"$z_\mathrm{fuse}$", BLACK)
+    _loop(axes, 7.95, 3.57, r"$z_\mathrm{fuse}\odot\sum_i\alpha_i$", BLACK)
+    _arrow(axes, (7.95, 1.35), (7.95, 2.02), BLACK)
+    axes.text(7.95, 0.95, r"$\sum_i w_i x_i$", ha="center", color=INK, fontsize=11)
     _arrow(axes, (8.8, 2.8), (9.7, 2.8), BLACK)
     axes.text(9.8, 2.8, r"$z_\mathrm{fuse}^\star$", va="center", fontsize=15)
     note = "iterated until nothing moves:  $z^\\star = f(z^\\star, x)$"
-    axes.text(5.7, 0.15, note, ha="center", color=INK, fontsize=11)
+    axes.text(5.2, 0.05, note, ha="center", color=INK, fontsize=11)
 
 
 def _residuals(axes: Axes, trace: np.ndarray, tol: float) -> None:
@@ -52,7 +53,8 @@ def _residuals(axes: Axes, trace: np.ndarray, tol: float) -> None:
     axes.text(1, tol * 1.4, f"tolerance {tol:g}", color=VERMILION, fontsize=9)
     axes.set(xlabel="step (evaluations of $f$)", ylabel="relative residual")
     whole_ticks(axes, [1, len(trace)])
-    axes.set_title(f"{trace.shape[1]} samples, each stops by itself", fontsize=10)
+    title = f"{trace.shape[1]} random samples, fresh weights:\neach stops by itself"
+    axes.set_title(title, fontsize=10)
 
 
 def _box(

@@ -147,4 +147,4 @@ def _decades(values: np.ndarray) -> tuple[float, float]:
     """The whole powers of ten around the positive values."""
     powers = np.log10(values, where=values > 0, out=np.full_like(values, np.nan))
     powers = powers[np.isfinite(powers)] if np.isfinite(powers).any() else np.zeros(1)
-    return 10.0 ** np.floor(powers.min()), 10.0 ** (np.floor(powers.max()) + 1)
+    return 10.0 ** np.floor(powers.min()), 10.0 ** np.ceil(powers.max() + 0.3)
