@@ -13,11 +13,14 @@ A run keeps two of these: `checkpoints/` (the newest steps, to go on from) and `
 the best by validation, to evaluate). They are independent, so neither can push the other out.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +83,31 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
-        with self._manager(cleanup_tmp_directories=True) as manager:
-            manager.save(step, args=items, force=True)
-        if jax.process_index() == 0:
-            write_text(self._seal(step), self._checksums(step))
+        try:
+            with _quiet(), self._manager(cleanup_tmp_directories=True) as manager:
+                manager.save(step, args=items, force=True)
+            if jax.process_index() == 0:
+                write_text(self._seal(step), self._checksums(step))
+        except (OSError, ValueError) as error:
+            if not _is_full(error):
+                raise
+            self._give_up(step, error)
         sync_global_devices("checkpoint sealed")
         for old in self.steps()[: -self.keep]:
             self._remove(old)
         self.saved_at = time.monotonic()
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        """Clears away what a full disk has left of a step."""
+        for partial in self.directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(partial, ignore_errors=True)
+        self._remove(step)
+        whole = [s for s in self.steps() if self._damage(s) is None]
+        kept = f"step {whole[-1]}, the newest, is kept" if whole else "there is none yet"
+        raise InputError(
+            f"{self.directory}: no space is left on the disk for the checkpoint of step {step}; "
+            f"{kept}. Make room and go on with --resume"
+        ) from error
 
     def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """(step, state, metadata) of the newest whole step; None when nothing was ever saved.
@@ -173,6 +193,24 @@ class Checkpoints:
 
     def __str__(self) -> str:
         return str(self.directory)
+
+
+def _is_full(error: Exception) -> bool:
+    """Orbax hands the disk's complaint on in words."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that Orbax's threads log; the error is raised all the same."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

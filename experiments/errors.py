@@ -1,8 +1,11 @@
 """How experiments report bad input: one exception, one line on stderr, exit status 2."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
+
+from experiments.stopping import StoppedError
 
 
 class InputError(ValueError):
@@ -11,7 +14,9 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_cleanly() -> Iterator[None]:
-    """Turn an InputError into ``error: …`` on stderr and exit status 2, Ctrl-C into status 130.
+    """Turn an InputError, and a full disk, into ``error: …`` on stderr and exit status 2.
+
+    Ctrl-C ends with status 130, and a run that SIGTERM stopped with 143, as shells count signals.
 
     Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
     Any other exception passes through: it is a bug, and its traceback is wanted.
@@ -24,3 +29,14 @@ def exit_cleanly() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from interrupt
+    except StoppedError as stopped:
+        print("stopped:", stopped, file=sys.stderr)
+        raise SystemExit(143) from stopped
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(
+            f"error: no space is left on the disk{where}; make some and try again", file=sys.stderr
+        )
+        raise SystemExit(2) from error

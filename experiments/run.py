@@ -12,10 +12,11 @@ runs/mmimdb/20260102-030405-deq-seed0/
 ```
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from experiments.evaluate import Metrics, Results, per_class_f1
 from experiments.files import config_to_dict, plain, write_json, write_text
 from experiments.page import page
 from experiments.run_report import print_results, report_markdown
+from experiments.stopping import Sigterm, StoppedError
 from experiments.task import Evaluation, Task, evaluate
 from experiments.train import Fitted, Schedule, fit, refit
 from experiments.warm import free_bytes, needed_bytes
@@ -118,18 +120,30 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
     saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
-    with _progress(schedule.epochs, task.monitor) as show:
+    with _progress(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "metrics.jsonl", show)
-        watched = None if config.refit else test
-        fitted = fit(task, optimiser, data, validation, schedule, seed, saved, report, watched)
+        how = task, optimiser, data, validation, schedule, seed, saved, report
+        fitted = fit(*how, test=None if config.refit else test, stop=stop)
     if not config.refit:
         return fitted, fitted
     print(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
     saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
-    with _progress(fitted.history[-1]["epoch"]) as show:
+    with _progress(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "refit.jsonl", show)
-        final = refit(fitted, task, optimiser, job.dataset, schedule, seed, saved, report, test)
+        what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
+        final = refit(*what, test=test, stop=stop)
     return fitted, final
+
+
+@contextlib.contextmanager
+def stopping(run_dir: Path) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came; says how to go on with a run that it stopped."""
+    with Sigterm() as came:
+        try:
+            yield came
+        except StoppedError as stopped:
+            how = f"the same command with --resume --run-dir {run_dir} goes on"
+            raise StoppedError(f"SIGTERM came; {stopped}, and {how}") from None
 
 
 def _recorder(path: Path, show: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
@@ -202,7 +216,8 @@ class _progress:  # noqa: N801 - used like a function
 
 def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:
     """Writes the pictures of a run; returns {path relative to the run directory: caption}."""
-    pictures = {"learning_curve": (figures.learning_curve(fitted.history), "Training, by epoch")}
+    scores = [{**row, "solver": None} for row in fitted.history]  # the solver has its own
+    pictures = {"learning_curve": (figures.learning_curve(scores), "Training, by epoch")}
     if on_test.stats is not None:
         pictures["solver_health"] = (
             figures.solver_health(fitted.history),

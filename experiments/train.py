@@ -19,6 +19,7 @@ from deq_fusion_jax import Adjoint, FusionState
 from experiments.checkpoint import Checkpoints
 from experiments.datasets import Dataset, Split
 from experiments.datasets.preprocess import join
+from experiments.stopping import StoppedError
 from experiments.task import Task, Variables, evaluate, solver_means
 from experiments.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
 
@@ -90,6 +91,7 @@ def fit(
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     test: Split | None = None,
     keep: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Fitted:
     """Trains until `schedule` says stop, and keeps the variables that do best on validation, or
     those of the epoch `keep`.
@@ -100,7 +102,8 @@ def fit(
     and hands it to `report`. Where a save is due, and at the end, a checkpoint is saved; where
     `checkpoints` holds any, training goes on from the newest whole one. Training that has produced
     a NaN stops there.
-    With `test` every row also has "test": {metric: value}, which nothing here looks at.
+    With `test` every row also has "test": {metric: value}, which nothing here looks at. Once `stop`
+    says so, the next row is saved and a StoppedError raised.
     """
     batch_size = min(schedule.batch_size, len(train.labels))
     train, validation, test = jax.device_put((train, validation, test))
@@ -141,10 +144,13 @@ def fit(
         history.append(row)
         if _is_chosen(history, best_epoch, keep, task.monitor, schedule.smooth):
             best, best_epoch = _copy(state.learned), row["epoch"]
-        if checkpoints and (checkpoints.due() or _is_over(history, best_epoch, schedule)):
+        over, stopped = _is_over(history, best_epoch, schedule), stop()
+        if checkpoints and (checkpoints.due() or over or stopped):
             metadata = {"history": history, "best_epoch": best_epoch}
             checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
         report(row)
+        if stopped and not over:
+            raise StoppedError(f"epoch {row['epoch']} is saved")
     return Fitted(best, state, history, best_epoch)
 
 

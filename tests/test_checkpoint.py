@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +231,34 @@ def test_metadata_that_is_not_json_leaves_the_old_step_alone(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(1, {"x": jnp.ones(2)}, {"loss": np.float32(1)})
     assert checkpoints.restore({"x": jnp.ones(2)})[0] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, where the system lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: it takes root on Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_newest_step_kept(small_disk, capfd):
+    def noise(size):
+        return {"a": jnp.asarray(np.random.default_rng(0).random(size), jnp.float32)}
+
+    checkpoints = Checkpoints(small_disk / "checkpoints")
+    with pytest.raises(InputError, match="no space is left .* step 1; there is none yet"):
+        checkpoints.save(1, noise(900_000), {})
+    checkpoints.save(1, noise(100_000), {"epoch": 1})
+    with pytest.raises(InputError, match="step 2; step 1, the newest, is kept. Make room"):
+        checkpoints.save(2, noise(900_000), {})
+    assert checkpoints.steps() == [1]
+    assert not list(checkpoints.directory.glob("*tmp*"))
+    step, restored, about = checkpoints.restore(noise(100_000))
+    assert (step, about) == (1, {"epoch": 1})
+    assert_identical(restored, noise(100_000))
+    checkpoints.save(3, noise(100_001), {})  # there is room again
+    assert capfd.readouterr().err == ""

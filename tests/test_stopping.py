@@ -1,0 +1,73 @@
+"""SIGTERM and SIGKILL: nothing is lost, and the message says how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.errors import exit_cleanly
+from experiments.stopping import Sigterm, StoppedError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_signal_is_noted_inside_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with Sigterm() as came:
+        assert not came()
+        signal.raise_signal(signal.SIGTERM)
+        assert came()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one kills
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stopped_run_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, exit_cleanly():
+        raise StoppedError("epoch 3 is saved")
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "stopped: epoch 3 is saved\n"
+
+
+def test_a_full_disk_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, exit_cleanly():
+        raise OSError(28, "No space left on device", "report.md")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no space is left on the disk for report.md")
+
+
+def command(tmp_path, run_dir, *more):
+    path = tmp_path / "data.npz"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, 2, 4000)
+        np.savez(path, a=rng.standard_normal((4000, 16)) + labels[:, None], labels=labels)
+    words = ["-m", "experiments.features", path, "--run-dir", run_dir, "--fusion", "sum"]
+    return [sys.executable, *map(str, [*words, "--epochs", 4000, *more])]
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
+    run_dir = tmp_path / "run"
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command(tmp_path, run_dir), cwd=ROOT, env=environment, **pipes)
+    wait_for(run_dir / "metrics.jsonl", running)
+    time.sleep(1)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 143 and err.startswith("stopped: SIGTERM came; epoch ")
+    assert err.count("\n") == 1 and f"--resume --run-dir {run_dir} goes on" in err
+    epoch = int(err.split("epoch ")[1].split()[0])
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == epoch + 1 and any((run_dir / "checkpoints").glob("*.sha256"))
