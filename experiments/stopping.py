@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they kill: a run saves what it has and says how to go on."""
+"""SIGTERM, as schedulers send it before they kill: a run saves what it has and says so."""
 
 import signal
 import threading

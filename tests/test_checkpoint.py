@@ -250,10 +250,10 @@ def test_a_full_disk_is_said_and_the_newest_step_kept(small_disk, capfd):
         return {"a": jnp.asarray(np.random.default_rng(0).random(size), jnp.float32)}
 
     checkpoints = Checkpoints(small_disk / "checkpoints")
-    with pytest.raises(InputError, match="no space is left .* step 1; there is none yet"):
+    with pytest.raises(InputError, match=r"no space is left .* step 1; there is none yet"):
         checkpoints.save(1, noise(900_000), {})
     checkpoints.save(1, noise(100_000), {"epoch": 1})
-    with pytest.raises(InputError, match="step 2; step 1, the newest, is kept. Make room"):
+    with pytest.raises(InputError, match=r"step 2; step 1, the newest, is kept\. Make room"):
         checkpoints.save(2, noise(900_000), {})
     assert checkpoints.steps() == [1]
     assert not list(checkpoints.directory.glob("*tmp*"))
