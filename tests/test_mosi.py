@@ -13,8 +13,8 @@ import pytest
 
 from deq_fusion_jax.baselines import Sum
 from experiments import mosi, mosi_models
+from experiments.datasets import Split, mosi_aligned
 from experiments.datasets import mosi as data
-from experiments.datasets import mosi_aligned
 from tests.test_datasets_mosi import shared, write_aligned, write_utterances
 
 
@@ -62,6 +62,26 @@ class TestUtterances:
         assert set(results["test"]) == {"accuracy", "f1", "auc"}
         accuracy, *_ = floor_of(run_dir, "logistic regression")
         assert 0.7 < accuracy < 0.8
+        assert floor_of(run_dir, "logistic regression, context")[0] > 0.7
+
+    def test_the_linear_model_reads_what_a_fusion_reads(self):
+        """Where the class shows in the utterance before, and there alone."""
+        rng = np.random.default_rng(0)
+
+        def recordings(count):
+            labels = rng.integers(0, 2, (count, 6))
+            shown = np.roll(labels, -1, axis=1).reshape(-1, 1)  # by the one before
+            inputs = {
+                name: (shown * 2.0 + 0.3 * rng.standard_normal((6 * count, 4))).astype(np.float32)
+                for name in data.MODALITIES
+            }
+            places = np.arange(6 * count)
+            rows = Split(inputs, labels.ravel().astype(np.int32))
+            return data.Utterances(rows, places // 6, places % 6)
+
+        found = mosi.linear_models(recordings(30), recordings(30), context=1)
+        assert found["logistic regression"]["auc"] < 0.7
+        assert found["logistic regression, context"]["auc"] > 0.85
 
     def test_files_of_the_same_form(self, main, made_up, tmp_path):
         """The first features of every modality tell the class: a few epochs learn it."""
