@@ -10,7 +10,6 @@ seed, `ablation.md` and `ablation.png`; with the same `--run-dir` a run that was
 import argparse
 import dataclasses
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
 from experiments.cli import Parser
 from experiments.config import CommonConfig
 from experiments.errors import InputError, exit_cleanly
-from experiments.files import config_to_dict, versions, write_json, write_text
+from experiments.files import config_to_dict, read_json, versions, write_json, write_text
 from experiments.run import Job
 from experiments.task import Task, Variables, evaluate
 from experiments.train import Fitted, fit, refit, run_epochs
@@ -156,7 +155,7 @@ def finished(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         same = all(saved[name] == value for name, value in settings.items())
         rows = saved["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,6 @@
 Writes `spread.md` into the first of the run directories, and prints it.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.markdown import Markdown
 
 from experiments.benchmark_report import LIBRARIES, Row, above_floor, called, next_library
 from experiments.errors import InputError, exit_cleanly
-from experiments.files import write_text
+from experiments.files import read_json, write_text
 from experiments.text import markdown_table, number
 
 
@@ -72,7 +71,7 @@ def parse_args(args: Sequence[str]) -> list[Path]:
 def load(run_dir: Path) -> dict[str, Any]:
     """What `experiments.benchmark` wrote there."""
     try:
-        return json.loads((run_dir / "benchmark.json").read_text(encoding="utf-8"))
+        return read_json(run_dir / "benchmark.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{run_dir}: no benchmark.json there; give a run's folder") from error
 

@@ -12,7 +12,6 @@ there already, finished, are taken as they are; unfinished ones are resumed.
 import argparse
 import dataclasses
 import importlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from experiments.comparison import comparison_table
 from experiments.config import CommonConfig, check_same_run, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_floors, compare_rows
-from experiments.files import write_json, write_text
+from experiments.files import read_json, write_json, write_text
 
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 
@@ -55,7 +54,7 @@ def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | 
     if saved["config"].get("epochs") != config.epochs or not results.exists():
         return None
     try:
-        return json.loads(results.read_text(encoding="utf-8"))
+        return read_json(results)
     except ValueError as error:
         raise InputError(f"{results} cannot be read ({error}); remove it to run again") from error
 

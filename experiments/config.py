@@ -1,7 +1,6 @@
 """The options that every experiment has, and the run directory that they name."""
 
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from deq_fusion_jax import Anderson
 from deq_fusion_jax.baselines import make_fusion
 from experiments.errors import InputError
-from experiments.files import config_to_dict, versions, write_json
+from experiments.files import config_to_dict, read_json, versions, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ def saved_config(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); give another --run-dir") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):

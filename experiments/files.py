@@ -34,6 +34,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      OSError: it cannot be opened.
+      ValueError: it is no JSON, or nested beyond all reason.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def plain(value: Any) -> Any:
     """JSON's own types: NaN and infinities → None, arrays → lists, paths → text,
     dataclasses → dicts with their `type`, functions and classes → their name."""

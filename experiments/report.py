@@ -23,7 +23,7 @@ from experiments import figures
 from experiments.cli import parse
 from experiments.comparison import Run, side_by_side
 from experiments.errors import InputError, exit_cleanly
-from experiments.files import write_text
+from experiments.files import read_json, write_text
 from experiments.page import page
 
 
@@ -53,8 +53,8 @@ def read_run(folder: Path) -> Run:
       InputError: it is no run directory, not finished, or cannot be read.
     """
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "config.json")
+        results = read_json(folder / "results.json")
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         history = [json.loads(line) for line in lines]
         return Run(folder.name, about["config"], about["command"], results, history)
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(
             f"{folder} has no {Path(error.filename).name}; give directories of finished runs"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} cannot be read as a run: {error!r}") from error
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
@@ -16,6 +17,13 @@ from deq_fusion_jax.official import params_from_official
 # Most of the time here goes into compiling what runs once, and half of that into XLA's
 # optimisations. The notebooks, README's code and the commands run with them, as a user's programs.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# `--hypothesis-profile thorough` draws forty times as many examples.
+FIXED = {"deadline": None, "database": None, "derandomize": True}
+FIXED["suppress_health_check"] = list(HealthCheck)
+settings.register_profile("brief", max_examples=25, **FIXED)
+settings.register_profile("thorough", max_examples=1000, **FIXED)
+settings.load_profile("brief")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT.parent / "shared" / "goldens"

@@ -294,6 +294,8 @@ class TestRaw:
             ("dataset/0000004.json", b'{"plot": ["x"], "genres": ["Opera"]}', r"24 genres .*Opera"),
             ("split.json", b'{"train": []}', r"split.json has no list dev, test"),
             ("split.json", b'{"train": ["0000001"], "dev": ["0000001"], "test": []}', r"than once"),
+            ("split.json", b'{"train": ["../x"], "dev": ["2"], "test": ["3"]}', r"'\.\./x'"),
+            ("split.json", b"[" * 5000, r"split.json cannot be read as JSON .*too deeply"),
             ("split.json", b'{"train": ["0000001"], "dev": ["0000002"], "test": []}', r"no test"),
         ],
     )  # fmt: skip

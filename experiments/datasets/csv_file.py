@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.datasets.numbers import to_float32
 from experiments.errors import InputError
 
 UNKNOWN = ("", "NA")
@@ -23,7 +24,7 @@ def read_numbers(path: Path) -> np.ndarray:
     for i, (line, cells) in enumerate(_lines(path)):
         wrong = next((cell for cell in cells if _number(cell) is None), None)
         if wrong is None:
-            rows.append(np.array([_number(cell) for cell in cells], np.float32))
+            rows.append(to_float32(np.array([_number(cell) for cell in cells], np.float64)))
         elif i:
             raise InputError(f"{path}, line {line}: {wrong!r} is not a number")
     if not rows:

@@ -24,6 +24,7 @@ import numpy as np
 
 from experiments.datasets.csv_file import UNKNOWN, read_labels, read_numbers
 from experiments.datasets.npz import read_npz
+from experiments.datasets.numbers import to_float32
 from experiments.errors import InputError
 
 Kind = Literal["multiclass", "multilabel", "regression"]
@@ -172,6 +173,7 @@ def _labels(labels: np.ndarray) -> tuple[np.ndarray, Kind, tuple[str, ...]]:
     labels = labels.astype(int) if labels.dtype.kind == "b" else labels
     if labels.dtype.kind in "US":
         return _words(labels, form)
+    labels = to_float32(labels) if labels.dtype.kind == "f" else labels
     if not np.isfinite(labels).all():
         row = _first(~np.isfinite(labels))
         raise InputError(f"{form}, and row {row} is NaN or infinite; leave such rows out")
@@ -179,7 +181,7 @@ def _labels(labels: np.ndarray) -> tuple[np.ndarray, Kind, tuple[str, ...]]:
         return _several(labels, form)
     if labels.dtype.kind == "f":
         _tell_apart(labels)
-        return labels.astype(np.float32), "regression", ()
+        return labels, "regression", ()
     if (labels < 0).any():
         row = _first(labels < 0)
         raise InputError(
@@ -235,8 +237,7 @@ def _modality(name: str, x: np.ndarray, rows: int) -> np.ndarray:
         raise InputError(
             f"{name} is {x.dtype} {x.shape}; expected numbers [{rows}, …], a row per label{hint}"
         )
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused
-        x = x.astype(np.float32, copy=False)
+    x = to_float32(x)
     x = x[:, None] if x.ndim == 1 else x
     if np.isinf(x).any():
         raise InputError(f"{name}: row {_first(np.isinf(x))} is infinite; NaN means not known")

@@ -14,6 +14,7 @@ split, source, start, stop, indices (a reference to a data set of row numbers, o
 comment.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.datasets.numbers import to_float32
 from experiments.datasets.prepared import SourceBuilder
 from experiments.errors import InputError
 
@@ -32,6 +34,8 @@ PUBLISHED_ROWS = {"train": (0, 15552), "validation": (15552, 18160), "test": (18
 _FUEL_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 _WIDTHS = {"features": TEXT_WIDTH, "vgg_features": IMAGE_WIDTH, "genres": GENRES}
 _CHUNK = 1024
+# How h5py tells that a file is damaged, depending on where.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class Layout(NamedTuple):
@@ -74,18 +78,22 @@ class MmimdbFeatures(SourceBuilder):
     def _generate_examples(self, rows: np.ndarray) -> Iterator[tuple[int, dict]]:
         with open_hdf5(self.source) as file:
             for start in range(0, len(rows), _CHUNK):
-                examples = _read_rows(file, rows[start : start + _CHUNK])
+                examples = read_rows(file, rows[start : start + _CHUNK])
                 yield from enumerate(examples, start)  # TFDS orders by this key
 
 
-def open_hdf5(path: Path) -> h5py.File:
-    """Open for reading; a file cut short, or of another kind, is an InputError naming it."""
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open for reading; what HDF5 cannot read, then or later, is an InputError naming the file."""
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError:
+        raise
+    except DAMAGE as error:
         raise InputError(
-            f"{path} cannot be read as an HDF5 file ({error}); it is missing, cut short or of "
-            f"another kind: delete it and get it again"
+            f"{path} cannot be read as an HDF5 file ({error}); it is missing, cut short, damaged "
+            f"or of another kind: delete it and get it again"
         ) from error
 
 
@@ -201,9 +209,10 @@ def _optional(entry: np.void, field: str, default: object) -> Any:
     return entry[field] if field in (entry.dtype.names or ()) else default
 
 
-def _read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:
+def read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:
     """Read and check some rows; yields their examples in that order."""
     text, image, genres, ids = (_take(file, key, rows) for key in (*_WIDTHS, "imdb_ids"))
+    text, image = to_float32(text), to_float32(image)
     for modality, values in (("text", text), ("image", image)):
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
@@ -221,8 +230,8 @@ def _read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:
     for i in range(len(rows)):
         yield {
             "id": _as_str(ids[i]),
-            "text": text[i].astype(np.float32),
-            "image": image[i].astype(np.float32),
+            "text": text[i],
+            "image": image[i],
             "genres": genres[i].astype(np.int8),
         }
 
@@ -230,13 +239,7 @@ def _read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:
 def _take(file: h5py.File, key: str, rows: np.ndarray) -> np.ndarray:
     """``file[key][rows]``: one read of the range around them, which HDF5 does fastest."""
     low = rows.min()
-    try:
-        return file[key][low : rows.max() + 1][rows - low]
-    except OSError as error:
-        raise InputError(
-            f"{file.filename}: rows {low} to {rows.max()} of {key} cannot be read ({error}); "
-            "the file is damaged: delete it and get it again"
-        ) from error
+    return file[key][low : rows.max() + 1][rows - low]
 
 
 def _as_str(value: object) -> str:

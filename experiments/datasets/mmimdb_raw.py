@@ -10,7 +10,6 @@ Posters are cropped about their centre to the wanted proportions and resized (bi
 """
 
 import functools
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 
 from experiments.datasets.prepared import SourceBuilder
 from experiments.errors import InputError
+from experiments.files import read_json
 
 DROPPED = frozenset({"News", "Adult", "Talk-Show", "Reality-TV"})
 GENRES = 23
@@ -133,10 +133,10 @@ def read_poster(path: Path, size: tuple[int, int]) -> Image.Image:
     """The poster as RGB, cropped and resized to (height, width)."""
     height, width = size
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
             return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)
     # Pillow reports some broken files as SyntaxError, and absurd sizes by an error of its own.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"the poster {path} cannot be read ({error}): get it again") from error
 
 
@@ -149,6 +149,9 @@ def _read_split(path: Path) -> dict[str, list[str]]:
         )
     ids = {split: [str(movie) for movie in content[name]] for split, name in _SPLITS.items()}
     counts = Counter(movie for names in ids.values() for movie in names)
+    outside = [movie for movie in counts if Path(movie).name != movie]
+    if outside:
+        raise InputError(f"{path} names the movie {outside[0]!r}, which is no file of dataset/")
     twice = [movie for movie, count in counts.items() if count > 1]
     if twice:
         raise InputError(f"{path} names {len(twice)} movies more than once, the first: {twice[0]}")
@@ -166,7 +169,7 @@ def _read_movie(folder: Path, name: str) -> Movie:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

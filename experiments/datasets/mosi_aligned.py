@@ -22,6 +22,7 @@ import numpy as np
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch
 from experiments.datasets.npz import read_npz
+from experiments.datasets.numbers import to_float32
 from experiments.datasets.pickles import read_pickle
 from experiments.datasets.prepared import cache_root
 from experiments.errors import InputError
@@ -146,7 +147,7 @@ def _checked(
     checked = {}
     for part, values in named.items():
         try:
-            array = np.asarray(values).astype(np.float32)
+            array = to_float32(values)
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: the {part} part is no array of numbers: {error}") from error
         rows = len(labels[part])

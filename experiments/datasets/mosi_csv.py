@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.datasets import Split
+from experiments.datasets.numbers import to_float32
 from experiments.errors import InputError
 
 WIDTHS = {"text": 100, "audio": 73, "video": 100}
@@ -38,7 +39,7 @@ def read_part(files: Mapping[str, Path], part: str) -> Utterances:
     for name, width in WIDTHS.items():
         path = files[f"{name}/{name}_{part}0.csv"]
         table = _read_table(path, width + 1)
-        inputs[name] = table[:, :-1].astype(np.float32)
+        inputs[name] = table[:, :-1]
         labels[path] = _checked_labels(path, table[:, -1])
     numbers = files[f"text_{part}.csv"]
     names, labels[files["transcripts.csv"]] = _transcribed(numbers, files["transcripts.csv"])
@@ -116,7 +117,7 @@ def _checked_labels(path: Path, labels: np.ndarray) -> np.ndarray:
 
 
 def _read_table(path: Path, width: int) -> np.ndarray:
-    """A table of finite numbers, [rows, width] float64."""
+    """A table of finite numbers, [rows, width] float32."""
     lines = _read_lines(path)
     for number, line in enumerate(lines, start=1):
         if len(line) != width:
@@ -125,7 +126,7 @@ def _read_table(path: Path, width: int) -> np.ndarray:
                 "and the label"
             )
     try:
-        table = np.array(lines, np.float64)
+        table = to_float32(np.array(lines, np.float64))
     except ValueError as error:
         raise InputError(f"{path} is not a table of numbers: {error}") from error
     bad = ~np.isfinite(table)

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch, sha256
+from experiments.datasets.numbers import to_float32
 from experiments.datasets.prepared import (
     SourceBuilder,
     cache_root,
@@ -199,7 +200,7 @@ def read_tables(source: Source, split: str) -> Split:
                 f"{path} ({modality}) has {table.shape[0]} rows of {table.shape[1]} numbers; "
                 f"expected {len(labels)} rows, as labels_{suffix}.csv has, of {cohort.widths[i]}"
             )
-        inputs[modality] = table.astype(np.float32)
+        inputs[modality] = table
     return Split(inputs, labels)
 
 
@@ -241,7 +242,7 @@ def _read_labels(path: Path, classes: int) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    """A table of finite numbers, [rows, columns] float64."""
+    """A table of finite numbers, [rows, columns] float32."""
     try:
         lines = path.read_text().strip().splitlines()
         table = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2) if lines else None
@@ -249,6 +250,7 @@ def _read_csv(path: Path) -> np.ndarray:
         raise InputError(f"{path} is not a table of numbers: {error}") from error
     if table is None:
         raise InputError(f"{path} is empty: get it again")
+    table = to_float32(table)
     bad = ~np.isfinite(table)
     if bad.any():
         row, column = np.argwhere(bad)[0] + 1

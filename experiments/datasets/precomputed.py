@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.datasets.npz import read_npz
+from experiments.datasets.numbers import to_float32
 from experiments.errors import InputError
 
 MODALITIES = ("text", "image")
@@ -61,9 +62,10 @@ def _checked(path: Path, key: str, values: np.ndarray, names: list[str]) -> np.n
             f"{path}: {key} is {values.dtype} {values.shape}; "
             f"expected numbers of shape ({len(names)}, d), one row per id"
         )
+    values = to_float32(values)
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         raise InputError(
             f"{path}: the {key} features of id {names[bad.argmax()]} hold NaN or infinity"
         )
-    return values.astype(np.float32)
+    return values
