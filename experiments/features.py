@@ -11,7 +11,7 @@ result stand a prediction that looks at nothing and a linear model of the same t
 
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from experiments.cli import parse
 from experiments.config import CommonConfig, FusionChange, build_fusion, require, unchanged
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import RARE, Kind, Table, read, rows_by_class, sha256, strata
-from experiments.datasets.preprocess import draw_split, standardise
+from experiments.datasets.preprocess import draw_split, moments, scale, standardise
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results
 from experiments.missing import ModalityDropout, presence
@@ -128,16 +128,22 @@ class FeaturesModel(nn.Module):
 # --- the data ----------------------------------------------------------------------------------
 
 
-def prepare(table: Table, seed: int) -> Dataset:
-    """Train, validation and test as the file splits them, or drawn; standardised."""
+def prepare(table: Table, seed: int) -> tuple[Dataset, Callable[[dict], dict]]:
+    """Train, validation and test as the file splits them, or drawn; standardised, and how."""
     split = draw_split(strata(table), seed) if table.split is None else table.split
 
     def part(number: int) -> Split:
         rows = np.flatnonzero(split == number)
         return Split({name: x[rows] for name, x in table.modalities.items()}, table.labels[rows])
 
+    found = moments(part(0))
+
+    def standardised(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: scale(x, *found[name], jnp) for name, x in inputs.items()}
+
     train, validation, test = standardise(part(0), part(1), part(2))
-    return Dataset(table.name, "real", table.classes, train, validation, test)
+    dataset = Dataset(table.name, "real", table.classes, train, validation, test)
+    return dataset, standardised
 
 
 def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
@@ -191,15 +197,15 @@ def _labels_found(table: Table, dataset: Dataset) -> Iterator[str]:
         yield textwrap.shorten(f"Note: no training row is of {', '.join(idle)}.", 80)
 
 
-def load(config: Config) -> tuple[Kind, Dataset]:
-    """What kind of labels the files hold, and the data; says what was found."""
+def load(config: Config) -> tuple[Kind, Dataset, Callable[[dict], dict]]:
+    """What kind of labels the files hold, the data, how they were made; says what was found."""
     table = read(config.data)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
-    dataset = prepare(table, config.seed)
+    dataset, standardised = prepare(table, config.seed)
     for line in what_was_found(table, dataset):
         print(line)
-    return table.kind, dataset
+    return table.kind, dataset, standardised
 
 
 # --- the job -----------------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def load(config: Config) -> tuple[Kind, Dataset]:
 
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
-    kind, dataset = load(config)
+    kind, dataset, standardised = load(config)
     fusion = change(build_fusion(config, tuple(dataset.train.inputs)))
     target = TARGETS[kind](dataset)
     task = Task(
@@ -228,7 +234,8 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     )
     optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    return Job("features", dataset, task, optimiser, schedule, *floors(dataset, target))
+    beside = floors(dataset, target)
+    return Job("features", dataset, task, optimiser, schedule, *beside, standardised)
 
 
 def run(config: Config) -> Results:

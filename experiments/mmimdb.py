@@ -156,8 +156,8 @@ def optimiser(config: Config) -> optax.GradientTransformation:
     return optax.multi_transform(steps, group)
 
 
-def run(config: Config) -> Results:
-    """The whole job: data, training, one look at the test rows, report."""
+def job(config: Config) -> Job:
+    """The data and what is to be learned from them."""
     dataset, encoders = read(config)
     fusion = build_fusion(config, tuple(encoders))
     task = Task(
@@ -171,10 +171,13 @@ def run(config: Config) -> Results:
     )
     floor = frequent_labels_floor(dataset.train.labels, dataset.test.labels)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    job = Job(
-        "mmimdb", dataset, task, optimiser(config), schedule, {"always the frequent genres": floor}
-    )
-    return execute(job, config)
+    floors = {"always the frequent genres": floor}
+    return Job("mmimdb", dataset, task, optimiser(config), schedule, floors)
+
+
+def run(config: Config) -> Results:
+    """The whole job: data, training, one look at the test rows, report."""
+    return execute(job(config), config)
 
 
 @exit_cleanly()

@@ -160,13 +160,13 @@ def linear_models(
 ) -> dict[str, Metrics]:
     """Logistic regression on an utterance, and on what a fusion with context reads."""
 
-    def scores(train: Split, test: Split) -> Metrics:
+    def on_test(train: Split, test: Split) -> Metrics:
         return metrics(test.labels, logistic_regression(train, test, len(mosi.CLASSES)))
 
-    found = {"logistic regression": scores(train.rows, test.rows)}
+    found = {"logistic regression": on_test(train.rows, test.rows)}
     if context:
         windows = [mosi.windows(part, context) for part in (train, test)]
-        found["logistic regression, context"] = scores(*windows)
+        found["logistic regression, context"] = on_test(*windows)
     return found
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments.datasets import mosi
@@ -80,5 +79,5 @@ def half_squared_error(prediction: Prediction, labels: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean((prediction.logits[:, 0] - labels) ** 2)
 
 
-def scores(logits: np.ndarray) -> np.ndarray:
+def scores(logits: jax.Array) -> jax.Array:
     return logits[:, 0]

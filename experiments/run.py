@@ -52,6 +52,7 @@ class Job(NamedTuple):
       task, optimiser, schedule: what to learn, and how.
       floors: further rows of the table: {name: test metrics}.
       notes: sentences for the terminal and the report.
+      prepare: from the inputs as the data have them to those of `dataset`; traceable.
     """
 
     experiment: str
@@ -61,6 +62,7 @@ class Job(NamedTuple):
     schedule: Schedule
     floors: Mapping[str, Metrics] = {}
     notes: Sequence[str] = ()
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 def execute(job: Job, config: CommonConfig) -> Results:

@@ -35,7 +35,7 @@ class Target(NamedTuple):
     outputs: int
     loss: Callable[[Prediction, jax.Array], jax.Array]
     metrics: Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
-    probabilities: Callable[[np.ndarray], np.ndarray]
+    probabilities: Callable[[jax.Array], jax.Array]
     monitor: str
     floor: tuple[str, Metrics]
     linear: tuple[str, Callable[[Split, Split], np.ndarray]]
@@ -92,7 +92,7 @@ def regression(dataset: Dataset) -> Target:
     def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
         return 0.5 * jnp.mean((prediction.logits[:, 0] - (labels - mean) / deviation) ** 2)
 
-    def values(logits: np.ndarray) -> np.ndarray:
+    def values(logits: jax.Array) -> jax.Array:
         return logits[:, 0] * deviation + mean
 
     scores = regression_metrics(dataset.test.labels, np.full_like(dataset.test.labels, mean))

@@ -47,7 +47,7 @@ class Task:
         and are only given where that is a `DEQFusion`.
       loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
       metrics: (labels, probabilities) → {name: value}.
-      probabilities: logits → probabilities.
+      probabilities: logits → probabilities, or whatever is predicted; traceable.
       monitor: the validation metric that selects the epoch.
       jacobian_weight: γ; γ × the Jacobian penalty is added to the loss.
       average: decay δ of the running mean of the weights, ā ← δ ā + (1 - δ) a after every step,
@@ -58,19 +58,19 @@ class Task:
     model: nn.Module
     loss: Callable[[Prediction, jax.Array], jax.Array]
     metrics: Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
-    probabilities: Callable[[np.ndarray], np.ndarray]
+    probabilities: Callable[[jax.Array], jax.Array]
     monitor: str
     jacobian_weight: float = 0.0
     average: float = 0.0
     warm_start: bool = False
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(logits))
+def softmax(logits: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits)
 
 
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.sigmoid(logits))
+def sigmoid(logits: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(logits)
 
 
 class Evaluation(NamedTuple):
@@ -102,7 +102,7 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
     )
     logits, stats, gates, losses = host
     finite = bool(np.isfinite(logits).all())
-    probabilities = task.probabilities(logits if finite else np.zeros_like(logits))
+    probabilities = np.asarray(task.probabilities(logits if finite else np.zeros_like(logits)))
     metrics = dict(task.metrics(np.asarray(split.labels), probabilities))
     if not finite:  # a model that has diverged has no score
         metrics = dict.fromkeys(metrics, float("nan"))

@@ -147,7 +147,7 @@ class TestWhatIsSaid:
         def lines(**arrays):
             np.savez(tmp_path / "data.npz", **arrays)
             table = read([tmp_path / "data.npz"])
-            return "\n".join(features.what_was_found(table, features.prepare(table, 0)))
+            return "\n".join(features.what_was_found(table, features.prepare(table, 0)[0]))
 
         return lines
 

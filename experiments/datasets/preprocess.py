@@ -1,5 +1,7 @@
 """How rows are split, and scaling that is fitted on the training rows only."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.model_selection import train_test_split
 
@@ -81,25 +83,36 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 
 
 def standardise(train: Split, *others: Split) -> tuple[Split, ...]:
-    """Mean 0 and standard deviation 1 in train for each feature [N, …, d], over rows and positions.
-
-    A feature that is constant in train becomes 0 there. NaN is not counted; at a position of which
-    something is known, what is not known becomes 0, the mean. A position that is all NaN stays so.
-    """
-    scaled: list[dict[str, np.ndarray]] = [{} for _ in (train, *others)]
-    for modality, values in train.inputs.items():
-        mean, deviation = _moments(values)
-        for inputs, split in zip(scaled, (train, *others), strict=True):
-            x = np.subtract(split.inputs[modality], mean, dtype=np.float32)
-            x /= deviation.astype(np.float32)
-            unknown = np.isnan(x)
-            unknown &= ~unknown.all(axis=-1, keepdims=True)
-            x[unknown] = 0
-            inputs[modality] = x
+    """Every split as `scale` makes it by the moments of train."""
+    found = moments(train)
     return tuple(
-        split._replace(inputs=inputs)
-        for split, inputs in zip((train, *others), scaled, strict=True)
+        split._replace(inputs={name: scale(x, *found[name]) for name, x in split.inputs.items()})
+        for split in (train, *others)
     )
+
+
+def scale(x: Any, mean: np.ndarray, deviation: np.ndarray, xp: Any = np) -> Any:
+    """Mean 0 and standard deviation 1 for each feature [N, …, d], in float32.
+
+    At a position of which something is known, what is not known (NaN) becomes 0, the mean. A
+    position that is all NaN stays so. `xp` is numpy, or jax.numpy in a program.
+    """
+    x = (x.astype(np.float32) - mean) / deviation
+    unknown = xp.isnan(x)
+    unknown = unknown & ~unknown.all(axis=-1, keepdims=True)
+    return xp.where(unknown, np.float32(0), x)
+
+
+def moments(train: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and deviation of every modality, over rows and positions, float32.
+
+    NaN is not counted. A feature that is constant in train has the deviation 1, and becomes 0.
+    """
+    return {
+        name: (mean.astype(np.float32), deviation.astype(np.float32))
+        for name, x in train.inputs.items()
+        for mean, deviation in [_moments(x)]
+    }
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
