@@ -28,6 +28,7 @@ from experiments.datasets.npz import read_npz
 from experiments.errors import InputError, exit_cleanly
 from experiments.files import write_text
 
+STATS = ("converged", "steps", "residual")
 IGNORED = {"labels", "split", "mask"}
 ROWS = 1024  # at a time
 
@@ -115,7 +116,7 @@ def predict(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 def table(found: dict[str, np.ndarray], about: dict[str, Any]) -> Iterator[list[Any]]:
     """The lines of predictions.csv, the header first."""
-    classes, stats = about["classes"], [name for name in found if name != "prediction"]
+    classes, stats = about["classes"], [name for name in STATS if name in found]
     yield ["row", "prediction", *classes, *stats]
     for row, value in enumerate(found["prediction"]):
         if not classes:
