@@ -118,7 +118,7 @@ def test_any_flipped_byte_is_detected_and_the_older_step_used(two_steps):
     rng, template = random.Random(0), make_state()
     directory = two_steps.directory
     files = [directory / "2.sha256", *(p for p in (directory / "2").rglob("*") if p.is_file())]
-    for trial in range(100):
+    for trial in range(200):
         path = files[trial % len(files)]
         whole = path.read_bytes()
         damaged = bytearray(whole)
