@@ -32,8 +32,9 @@ from experiments.config import CommonConfig
 from experiments.errors import InputError, exit_cleanly
 from experiments.files import config_to_dict, read_json, versions, write_json, write_text
 from experiments.run import Job
+from experiments.step import run_epochs
 from experiments.task import Task, Variables, evaluate
-from experiments.train import Fitted, fit, refit, run_epochs
+from experiments.train import Fitted, fit, refit
 
 EXPERIMENTS = ("multiomics", "features")
 

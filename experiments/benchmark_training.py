@@ -1,7 +1,7 @@
 """A training step on the shapes of ROSMAP and MM-IMDB: ours, with warm starts and without.
 
 Synthetic rows, inputs 2 · N(0, 1) and labels at random, so that the loss falls as the rows are
-learned by heart. The model is dropout → fusion layer → linear; Adam; `experiments.train.run_epochs`
+learned by heart. The model is dropout → fusion layer → linear; Adam; `experiments.step.run_epochs`
 as the experiments have it.
 """
 
@@ -17,8 +17,8 @@ from experiments.benchmark_problem import Problem, Shape, make_problem
 from experiments.benchmark_timing import Contender, timings
 from experiments.contenders import MAX_STEPS
 from experiments.datasets import Split
+from experiments.step import init_state, run_epochs
 from experiments.task import Prediction, Task, Variables
-from experiments.train import init_state, run_epochs
 
 RATE = 1e-4  # of Adam
 CLASSES = 2

@@ -28,8 +28,8 @@ from experiments.config import saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.files import read_json, versions
 from experiments.run import Job
+from experiments.step import init_state
 from experiments.task import Variables, evaluate
-from experiments.train import init_state
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")

@@ -24,8 +24,9 @@ from experiments.config import build_fusion
 from experiments.datasets import Dataset, Split
 from experiments.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
+from experiments.step import TrainState, init_state, run_epochs, train_step
 from experiments.task import Prediction, Task, Variables, evaluate
-from experiments.train import Schedule, TrainState, fit, init_state, refit, run_epochs, train_step
+from experiments.train import Schedule, fit, refit
 from experiments.warm import needed_bytes
 
 
