@@ -14,7 +14,6 @@ the best by validation, to evaluate). They are independent, so neither can push 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -30,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
-from experiments.errors import InputError
+from experiments.errors import InputError, disk_is_full
 from experiments.files import write_text
 
 PyTree = Any
@@ -89,7 +88,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 write_text(self._seal(step), self._checksums(step))
         except (OSError, ValueError) as error:
-            if not _is_full(error):
+            if not disk_is_full(error):
                 raise
             self._give_up(step, error)
         sync_global_devices("checkpoint sealed")
@@ -193,12 +192,6 @@ class Checkpoints:
 
     def __str__(self) -> str:
         return str(self.directory)
-
-
-def _is_full(error: Exception) -> bool:
-    """Orbax hands the disk's complaint on in words."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left" in str(error) or "quota exceeded" in str(error)
 
 
 @contextlib.contextmanager

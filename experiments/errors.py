@@ -12,6 +12,12 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message says what, what was expected, what to do."""
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says; Orbax hands the system's complaint on in words."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
 @contextlib.contextmanager
 def exit_cleanly() -> Iterator[None]:
     """Turn an InputError, and a full disk, into ``error: …`` on stderr and exit status 2.
@@ -33,7 +39,7 @@ def exit_cleanly() -> Iterator[None]:
         print("stopped:", stopped, file=sys.stderr)
         raise SystemExit(143) from stopped
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(

@@ -24,6 +24,7 @@ from jax import export as jax_export
 
 from experiments.checkpoint import Checkpoints
 from experiments.cli import parse
+from experiments.compare import EXPERIMENTS
 from experiments.config import saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.files import read_json, versions
@@ -32,7 +33,6 @@ from experiments.step import init_state
 from experiments.task import Variables, evaluate
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from experiments.cli import parse
 from experiments.config import CommonConfig, FusionChange, build_fusion, require, unchanged
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import RARE, Kind, Table, read, rows_by_class, sha256, strata
-from experiments.datasets.preprocess import draw_split, moments, scale, standardise
+from experiments.datasets.preprocess import draw_split, moments, scaled
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results
 from experiments.missing import ModalityDropout, presence
@@ -136,14 +137,11 @@ def prepare(table: Table, seed: int) -> tuple[Dataset, Callable[[dict], dict]]:
         rows = np.flatnonzero(split == number)
         return Split({name: x[rows] for name, x in table.modalities.items()}, table.labels[rows])
 
-    found = moments(part(0))
-
-    def standardised(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: scale(x, *found[name], jnp) for name, x in inputs.items()}
-
-    train, validation, test = standardise(part(0), part(1), part(2))
+    parts = part(0), part(1), part(2)
+    found = moments(parts[0])
+    train, validation, test = (p._replace(inputs=scaled(p.inputs, found)) for p in parts)
     dataset = Dataset(table.name, "real", table.classes, train, validation, test)
-    return dataset, standardised
+    return dataset, partial(scaled, found=found, xp=jnp)
 
 
 def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:

@@ -91,7 +91,8 @@ def title(results: Results) -> str:
 def about(results: Results) -> str:
     if results["data"] == "sample":
         return "sample (synthetic)"
-    return f"{results['dataset'].removesuffix(' data').removesuffix('data')} data".strip()
+    name = results["dataset"]
+    return name if name.endswith("data") else f"{name} data"
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:

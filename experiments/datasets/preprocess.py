@@ -1,5 +1,6 @@
 """How rows are split, and scaling that is fitted on the training rows only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ from sklearn.model_selection import train_test_split
 
 from experiments.datasets import Dataset, Split
 from experiments.errors import InputError
+
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {modality: (mean, deviation)}
 
 
 def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -83,12 +86,14 @@ def _take(split: Split, rows: np.ndarray) -> Split:
 
 
 def standardise(train: Split, *others: Split) -> tuple[Split, ...]:
-    """Every split as `scale` makes it by the moments of train."""
+    """Every split scaled by the moments of train."""
     found = moments(train)
-    return tuple(
-        split._replace(inputs={name: scale(x, *found[name]) for name, x in split.inputs.items()})
-        for split in (train, *others)
-    )
+    return tuple(s._replace(inputs=scaled(s.inputs, found)) for s in (train, *others))
+
+
+def scaled(inputs: Mapping[str, Any], found: Moments, xp: Any = np) -> dict[str, Any]:
+    """`scale` of every modality by its `moments`."""
+    return {name: scale(x, *found[name], xp) for name, x in inputs.items()}
 
 
 def scale(x: Any, mean: np.ndarray, deviation: np.ndarray, xp: Any = np) -> Any:
@@ -103,7 +108,7 @@ def scale(x: Any, mean: np.ndarray, deviation: np.ndarray, xp: Any = np) -> Any:
     return xp.where(unknown, np.float32(0), x)
 
 
-def moments(train: Split) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def moments(train: Split) -> Moments:
     """Mean and deviation of every modality, over rows and positions, float32.
 
     NaN is not counted. A feature that is constant in train has the deviation 1, and becomes 0.
