@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 class MmimdbFeatures(SourceBuilder):
     """TFDS builder; ``source`` is the path of the HDF5 file."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1.0: arrays as bytes
     source: Path
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -61,9 +61,9 @@ class MmimdbFeatures(SourceBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "id": tfds.features.Text(),
-                    "text": tfds.features.Tensor(shape=(TEXT_WIDTH,), dtype=np.float32),
-                    "image": tfds.features.Tensor(shape=(IMAGE_WIDTH,), dtype=np.float32),
-                    "genres": tfds.features.Tensor(shape=(GENRES,), dtype=np.int8),
+                    "text": _bytes(TEXT_WIDTH, np.float32),
+                    "image": _bytes(IMAGE_WIDTH, np.float32),
+                    "genres": _bytes(GENRES, np.int8),
                 }
             ),
             metadata=tfds.core.MetadataDict({"classes": list(genres)}),
@@ -80,6 +80,11 @@ class MmimdbFeatures(SourceBuilder):
             for start in range(0, len(rows), _CHUNK):
                 examples = read_rows(file, rows[start : start + _CHUNK])
                 yield from enumerate(examples, start)  # TFDS orders by this key
+
+
+def _bytes(width: int, dtype: type) -> tfds.features.Tensor:
+    """[width], stored as it is in memory: read back faster than a protobuf list of numbers."""
+    return tfds.features.Tensor(shape=(width,), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
 
 @contextlib.contextmanager
