@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
-from deq_fusion_jax.state import PyTree, check_state, describe, kind
+from deq_fusion_jax.state import PyTree, check_state, describe, kind, varying
 from deq_fusion_jax.stats import SolveStats
 
 
@@ -72,6 +72,7 @@ def deq_fixed_point(
             f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
             "The first axis of every array is the batch."
         )
+    z0 = varying(z0, closed.out_avals)
     jaxpr, treedef = closed.jaxpr, jax.tree.structure(z0)
     jaxpr = jaxpr.replace(constvars=(), invars=(*jaxpr.constvars, *jaxpr.invars))
 

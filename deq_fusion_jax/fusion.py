@@ -1,5 +1,6 @@
 """Deep equilibrium multimodal fusion: the fixed point of a `FusionCell` as a flax.linen module."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -7,14 +8,17 @@ from typing import Any, NamedTuple, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.diagnostics import jacobian_penalty, spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
-from deq_fusion_jax.solvers import Anderson, Solver
+from deq_fusion_jax.solvers import Anderson, Map, Solver
 from deq_fusion_jax.stats import SolveStats, in_parts
+
+Solve = Callable[..., tuple[Any, SolveStats]]
 
 
 class FusionOutput(NamedTuple):
@@ -151,6 +155,9 @@ class DEQFusion(CellFusion):
         the tolerance by itself; for `stats` see `in_parts`, and an `Adjoint` has the larger of
         their numbers as well. Where there are several fixed points, the two schedules may find
         different ones, as two solvers may.
+      batch_axis: the axis of the mesh (`jax.set_mesh`) over which a batch is spread. Every device
+        then solves its own samples and stops when they are done: no device waits inside a solve.
+        The rest is left to jit. The batch has to be a multiple of the devices.
       features and the others: see `CellFusion`, and there for the call and its errors.
 
     Raises:
@@ -160,6 +167,7 @@ class DEQFusion(CellFusion):
     solver: Solver = Anderson(tol=1e-4, max_steps=50)
     gradient: GradientRule = Implicit()
     schedule: str = "staged"
+    batch_axis: str | None = None
 
     @classmethod
     def official(cls, features: int, **fields: Any) -> Self:
@@ -174,7 +182,9 @@ class DEQFusion(CellFusion):
         injection: Injection,
         adjoint0: Adjoint | None,
     ) -> tuple[FusionState, SolveStats]:
-        solve = partial(deq_fixed_point, solver=self.solver, gradient=self.gradient)
+        solve: Solve = partial(deq_fixed_point, solver=self.solver, gradient=self.gradient)
+        if self.batch_axis and not self.is_initializing():
+            solve = _on_each_device(solve, self.batch_axis)
         if self.schedule == "joint":
             return solve(as_map(cell), z0, variables, injection, adjoint0=adjoint0)
         if self.schedule != "staged":
@@ -188,6 +198,27 @@ class DEQFusion(CellFusion):
         held = cell.apply(variables, modalities, injection, method="held_gates")
         fused, second = solve(step_fused, z0.fused, variables, held, injection, adjoint0=second0)
         return FusionState(modalities, fused), in_parts(first, second)
+
+
+def _on_each_device(solve: Solve, axis: str) -> Solve:
+    """`solve` of every device's share of z0 and the inputs; the variables are the same on all."""
+    share, same = PartitionSpec(axis), PartitionSpec()
+    trace = PartitionSpec(None, axis)
+    stats = SolveStats(share, share, share, trace)  # type: ignore[arg-type]
+
+    def solve_shares(
+        f: Map, z0: Any, variables: Any, *inputs: Any, adjoint0: Adjoint | None
+    ) -> tuple[Any, SolveStats]:
+        def solve_share(z0, variables, inputs, adjoint0):
+            return solve(f, z0, variables, *inputs, adjoint0=adjoint0)
+
+        return jax.shard_map(
+            solve_share,
+            in_specs=(share, same, share, share),
+            out_specs=(share, stats),
+        )(z0, variables, inputs, adjoint0)
+
+    return solve_shares
 
 
 @jax.custom_vjp

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.mixing import combination, mixing_weights, products
-from deq_fusion_jax.state import PyTree, ravel, unraveler, working_dtype
+from deq_fusion_jax.state import PyTree, ravel, unraveler, varying, working_dtype
 from deq_fusion_jax.stats import SolveStats
 
 with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
@@ -93,7 +93,7 @@ class _PerSample(IterativeSolver):
         def unfinished(step: OptStep) -> jax.Array:
             return (step.state.error > self.tol) & (step.state.iter_num < self.maxiter)
 
-        start = OptStep(z, self.init_state(z, *args))
+        start = varying(OptStep(z, self.init_state(z, *args)), [jax.typeof(z)])
         return jax.lax.while_loop(unfinished, lambda step: self.update(*step, *args), start)
 
     def init_state(self, z: jax.Array, *args: PyTree) -> _State:

@@ -1,7 +1,7 @@
 """A pytree of batched arrays seen as one matrix: row b holds the whole state of sample b."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -32,6 +32,17 @@ def check_state(z: PyTree) -> None:
         raise ValueError(f"z0 is {describe(z)}; expected real floating-point arrays only.")
     if any(x.ndim == 0 for x in leaves) or len({x.shape[0] for x in leaves}) > 1:
         raise ValueError(f"z0 is {describe(z)}; expected one leading batch axis B for all leaves.")
+
+
+def varying(tree: PyTree, avals: Iterable[Any]) -> PyTree:
+    """The tree, typed as different on every device of a `shard_map` along the axes of `avals`."""
+    axes = frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
 
 
 def working_dtype(z: PyTree) -> jnp.dtype:

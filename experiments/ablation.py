@@ -30,9 +30,9 @@ from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
 from experiments.cli import Parser
 from experiments.config import CommonConfig
 from experiments.errors import InputError, exit_cleanly
+from experiments.feed import run_epochs
 from experiments.files import config_to_dict, read_json, versions, write_json, write_text
 from experiments.run import Job
-from experiments.step import run_epochs
 from experiments.task import Task, Variables, evaluate
 from experiments.train import Fitted, fit, refit
 

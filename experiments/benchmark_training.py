@@ -1,7 +1,7 @@
 """A training step on the shapes of ROSMAP and MM-IMDB: ours, with warm starts and without.
 
 Synthetic rows, inputs 2 · N(0, 1) and labels at random, so that the loss falls as the rows are
-learned by heart. The model is dropout → fusion layer → linear; Adam; `experiments.step.run_epochs`
+learned by heart. The model is dropout → fusion layer → linear; Adam; `experiments.feed.run_epochs`
 as the experiments have it.
 """
 
@@ -17,7 +17,8 @@ from experiments.benchmark_problem import Problem, Shape, make_problem
 from experiments.benchmark_timing import Contender, timings
 from experiments.contenders import MAX_STEPS
 from experiments.datasets import Split
-from experiments.step import init_state, run_epochs
+from experiments.feed import run_epochs
+from experiments.step import init_state
 from experiments.task import Prediction, Task, Variables
 
 RATE = 1e-4  # of Adam

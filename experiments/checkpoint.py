@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import sync_global_devices
 
+from experiments.devices import is_first, wait_for_all
 from experiments.errors import InputError, disk_is_full
 from experiments.files import write_text
 
@@ -76,31 +76,31 @@ class Checkpoints:
         about["metadata"] = json.loads(json.dumps(metadata))  # a TypeError now, not half way
         arrays = {name: _array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
 
-        for later in [s for s in self.steps() if s >= step]:
-            logger.warning("%s: step %d is replaced by a save at step %d", self, later, step)
-            self._remove(later)
+        later = [s for s in self.steps() if s >= step]
+        for other in later:
+            logger.warning("%s: step %d is replaced by a save at step %d", self, other, step)
+        self._remove(later)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
         try:
             with _quiet(), self._manager(cleanup_tmp_directories=True) as manager:
                 manager.save(step, args=items, force=True)
-            if jax.process_index() == 0:
+            if is_first():
                 write_text(self._seal(step), self._checksums(step))
         except (OSError, ValueError) as error:
             if not disk_is_full(error):
                 raise
             self._give_up(step, error)
-        sync_global_devices("checkpoint sealed")
-        for old in self.steps()[: -self.keep]:
-            self._remove(old)
+        wait_for_all("checkpoint sealed")
+        self._remove(self.steps()[: -self.keep])
         self.saved_at = time.monotonic()
 
     def _give_up(self, step: int, error: Exception) -> None:
         """Clears away what a full disk has left of a step."""
         for partial in self.directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(partial, ignore_errors=True)
-        self._remove(step)
+        self._clear([step])
         whole = [s for s in self.steps() if self._damage(s) is None]
         kept = f"step {whole[-1]}, the newest, is kept" if whole else "there is none yet"
         raise InputError(
@@ -175,12 +175,18 @@ class Checkpoints:
     def _seal(self, step: int) -> Path:
         return self.directory / f"{step}.sha256"
 
-    def _remove(self, step: int) -> None:
-        if jax.process_index() == 0:
+    def _remove(self, steps: list[int]) -> None:
+        """Removes steps; every process has to have listed them before."""
+        wait_for_all("checkpoints to be removed")
+        if is_first():
+            self._clear(steps)
+        wait_for_all("checkpoints removed")
+
+    def _clear(self, steps: list[int]) -> None:
+        for step in steps:
             self._seal(step).unlink(missing_ok=True)
             if (self.directory / str(step)).exists():
                 shutil.rmtree(self.directory / str(step))
-        sync_global_devices("checkpoint removed")
 
     def _manager(self, cleanup_tmp_directories: bool = False) -> ocp.CheckpointManager:
         # Synchronous, because a step is sealed only once all of it is on disk; and without

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from deq_fusion_jax import Anderson
 from deq_fusion_jax.baselines import make_fusion
+from experiments.devices import Parallel, is_first, wait_for_all
 from experiments.errors import InputError
 from experiments.files import config_to_dict, read_json, versions, write_json
 
@@ -38,6 +39,8 @@ class CommonConfig:
       average: decay of the running mean of the weights that is evaluated; 0: the weights are.
       patience: evaluations without a better validation score before training stops.
       refit: train once more on the validation rows too, to the epoch that they selected.
+      parallel: spread every batch over all devices of this process, or over those of all processes
+        that a launcher such as SLURM has started.
       official_selection: report the epoch with the best TEST score as well, as the paper's code
         does; too good to be a result.
     """
@@ -61,6 +64,7 @@ class CommonConfig:
     average: float = 0.0
     patience: int = 15
     refit: bool = False
+    parallel: Parallel = "none"
     official_selection: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +140,8 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
     if config.run_dir is None:
         if config.resume:
             raise InputError("--resume needs --run-dir, the directory of the run to go on with")
+        if config.parallel == "processes":
+            raise InputError("--parallel processes needs --run-dir, on a disk that all of them see")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.fusion}-seed{config.seed}"
         run_dir = Path("runs") / experiment / name
@@ -151,6 +157,14 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
             raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
     else:
         check_same_run(run_dir, saved, experiment, config)
+    wait_for_all("run directory looked at")
+    if is_first():
+        _begin(run_dir, experiment, config)
+    return run_dir
+
+
+def _begin(run_dir: Path, experiment: str, config: CommonConfig) -> None:
+    """Makes the directory and writes config.json."""
     try:
         (run_dir / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +177,6 @@ def open_run(experiment: str, config: CommonConfig) -> Path:
         "versions": versions(),
     }
     write_json(run_dir / "config.json", settings)
-    return run_dir
 
 
 def saved_config(run_dir: Path) -> dict[str, Any] | None:
@@ -189,7 +202,7 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
         )
     if not config.resume:
         raise InputError(f"{run_dir} holds a run already; add --resume to go on with it")
-    free = ("resume", "run_dir", "epochs", "cache_dir")
+    free = ("resume", "run_dir", "epochs", "cache_dir", "parallel")
     now = config_to_dict(config)
     for name in sorted((now.keys() | saved["config"].keys()) - set(free)):
         before, after = saved["config"].get(name), now.get(name)

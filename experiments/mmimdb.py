@@ -54,6 +54,8 @@ class Config(PublishedConfig):
       patience: epochs without a better validation macro-F1 before training stops.
       vocabulary: words of the raw plots that are told apart.
       plot_length: words of a raw plot that are read.
+      stream: leave the training rows on disk and read the next batches while the device works, for
+        data larger than memory (features).
     """
 
     epochs: int = 100
@@ -68,6 +70,7 @@ class Config(PublishedConfig):
     patience: int = 6
     vocabulary: int = 20_000
     plot_length: int = 200
+    stream: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,9 @@ class Config(PublishedConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(min(self.hidden) >= 1, "hidden", self.hidden, "1 or more")
         require(self.vocabulary >= 3, "vocabulary", self.vocabulary, "3 or more")
+        for name in ("warm_start", "refit"):
+            alone = not (self.stream and getattr(self, name))
+            require(alone, "stream", f"with --{name.replace('_', '-')}", "one of the two")
 
 
 SAMPLE = Config(
@@ -125,6 +131,7 @@ def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
         config.variant,
         config.features_npz,
         download=config.download,
+        stream=config.stream,
     )
     dataset, vocabulary = tokenised(dataset, config.vocabulary, config.plot_length)
     encoders: dict[str, nn.Module] = {}
@@ -169,7 +176,8 @@ def job(config: Config) -> Job:
         jacobian_weight=config.jacobian_weight,
         average=config.average,
     )
-    floor = frequent_labels_floor(dataset.train.labels, dataset.test.labels)
+    labels = dataset.stream.labels() if dataset.stream else dataset.train.labels
+    floor = frequent_labels_floor(labels, dataset.test.labels)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
     floors = {"always the frequent genres": floor}
     return Job("mmimdb", dataset, task, optimiser(config), schedule, floors)

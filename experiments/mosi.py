@@ -126,7 +126,7 @@ def prepare(train: mosi.Utterances, test: mosi.Utterances, config: Config) -> Da
         mosi.windows(part._replace(rows=scaled), config.context)
         for part, scaled in zip(parts, rows, strict=True)
     ]
-    return Dataset("CMU-MOSI", "real", mosi.CLASSES, *windows)
+    return Dataset("CMU-MOSI", "real", mosi.CLASSES, windows[0], windows[1], windows[2])
 
 
 def corrupted(split: Split, shares: tuple[float, float, float], seed: int) -> Split:

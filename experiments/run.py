@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from experiments import figures
 from experiments.checkpoint import Checkpoints
 from experiments.config import CommonConfig, command_line, open_run
 from experiments.datasets import Dataset
+from experiments.devices import is_first, mesh_of, say, spread_model
 from experiments.evaluate import Metrics, Results, per_class_f1
 from experiments.files import config_to_dict, plain, write_json, write_text
 from experiments.page import page
@@ -67,21 +68,58 @@ class Job(NamedTuple):
 
 def execute(job: Job, config: CommonConfig) -> Results:
     """Trains, evaluates the best epoch once on the test split, and writes the run directory."""
-    run_dir = open_run(job.experiment, config)
-    if config.warm_start:
-        job = job._replace(task=with_warm_starts(job.task, job.dataset.train.inputs, free_bytes()))
     started = time.monotonic()
-    for note in job.notes:
-        print(note)
-    print(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
+    with mesh_of(config.parallel):
+        run_dir = open_run(job.experiment, config)
+        if config.warm_start:
+            task = with_warm_starts(job.task, job.dataset.train.inputs, free_bytes())
+            job = job._replace(task=task)
+        for note in job.notes:
+            say(note)
+        say(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
+        outcome = learn(job, config, run_dir)
+    results = results_of(job, config, outcome)
+    if is_first():
+        write_run(run_dir, job, config, outcome, results)
+        print_results(results, run_dir)
+        print(f"Done in {time.monotonic() - started:.0f} s.")
+    return results
+
+
+class Outcome(NamedTuple):
+    """What training came to.
+
+    Attributes:
+      fitted: the training that selects the epoch.
+      final: the one that is tested, the same or its refit.
+      on_validation, on_test: of the selected epoch.
+      last_epoch: the test rows after the last epoch.
+    """
+
+    fitted: Fitted
+    final: Fitted
+    on_validation: Evaluation
+    on_test: Evaluation
+    last_epoch: Evaluation
+
+
+def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
+    """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
+    job = job._replace(task=dataclasses.replace(job.task, model=spread_model(job.task.model)))
     fitted, final = train(job, config, run_dir)
     assert job.dataset.validation is not None
     on_validation = evaluate(job.task, fitted.best, job.dataset.validation)
     on_test = evaluate(job.task, final.best, job.dataset.test)
     last_epoch = evaluate(job.task, final.last.learned, job.dataset.test)
+    return Outcome(fitted, final, on_validation, on_test, last_epoch)
+
+
+def results_of(job: Job, config: CommonConfig, outcome: Outcome) -> Results:
+    """What results.json holds."""
+    fitted, final, on_validation, on_test, last_epoch = outcome
     labels, names = job.dataset.test.labels, job.dataset.classes
     ends = [fitted.history[-1], *([final.history[-1]] if final is not fitted else ())]
-    results = Results(
+    return Results(
         experiment=job.experiment,
         dataset=job.dataset.description,
         data=job.dataset.data,
@@ -98,8 +136,15 @@ def execute(job: Job, config: CommonConfig) -> Results:
         parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
         seconds=sum(row["seconds"] for row in ends),
     )
+
+
+def write_run(
+    run_dir: Path, job: Job, config: CommonConfig, outcome: Outcome, results: Results
+) -> None:
+    """Writes results.json, the pictures and the report."""
+    fitted, final = outcome.fitted, outcome.final
     write_json(run_dir / "results.json", results)
-    drawn = draw(run_dir / "figures", job, fitted, on_test)
+    drawn = draw(run_dir / "figures", job, fitted, outcome.on_test)
     text = report_markdown(
         results,
         config_to_dict(config),
@@ -110,27 +155,26 @@ def execute(job: Job, config: CommonConfig) -> Results:
     )
     write_text(run_dir / "report.md", text)
     write_text(run_dir / "report.html", page(text, run_dir))
-    print_results(results, run_dir)
-    print(f"Done in {time.monotonic() - started:.0f} s.")
-    return results
 
 
 def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted]:
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
     task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
-    data, validation = job.dataset.train, job.dataset.validation
+    data, validation = job.dataset.stream or job.dataset.train, job.dataset.validation
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
     saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
-    with _progress(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
+    with _Bar(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "metrics.jsonl", show)
         how = task, optimiser, data, validation, schedule, seed, saved, report
-        fitted = fit(*how, test=None if config.refit else test, stop=stop)
+        watched = None if config.refit else test
+        fitted = fit(*how, test=watched, stop=stop, progress=show.part)
+    say(f"Training ended: {fitted.ending}.")
     if not config.refit:
         return fitted, fitted
-    print(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
+    say(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
     saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
-    with _progress(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
+    with _Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "refit.jsonl", show)
         what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
         final = refit(*what, test=test, stop=stop)
@@ -148,13 +192,14 @@ def stopping(run_dir: Path) -> Iterator[Callable[[], bool]]:
             raise StoppedError(f"SIGTERM came; {stopped}, and {how}") from None
 
 
-def _recorder(path: Path, show: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+def _recorder(path: Path, show: "_Bar") -> Callable[..., None]:
     """What writes a row of the history to a file and shows it."""
     rows: list[str] = []
 
     def report(row: dict[str, Any]) -> None:
         rows.append(json.dumps(plain(row)) + "\n")
-        write_text(path, "".join(rows))
+        if is_first():
+            write_text(path, "".join(rows))
         show(row)
 
     return report
@@ -173,33 +218,35 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     fits = free is None or needed <= free / 2
     cost = f"{needed / 2**20:.1f} MiB for {len(next(iter(inputs.values())))} rows"
     room = "" if free is None else f", {free / 2**20:.0f} MiB are free"
-    print(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
+    say(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
     return dataclasses.replace(task, warm_start=fits)
 
 
-class _progress:  # noqa: N801 - used like a function
+class _Bar:
     """A bar over the epochs: rate, loss, validation score, share converged and mean steps."""
 
     def __init__(self, epochs: int, monitor: str | None = None):
         self.monitor, self.epochs = monitor, epochs
         columns = (
             SpinnerColumn(),
-            TextColumn("epoch {task.completed}/{task.total}"),
+            TextColumn("epoch {task.completed:.4g}/{task.total}"),
             BarColumn(bar_width=16),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
         )
-        self.bar = Progress(*columns)
+        self.bar = Progress(*columns, disable=not is_first())
+        self.shown = time.monotonic()
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+    def __enter__(self) -> Self:
         self.bar.start()
         self.task = self.bar.add_task("compiling …", total=self.epochs)
-        return self.show
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def show(self, row: Mapping[str, Any]) -> None:
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """After an evaluation."""
         parts = []
         if row["seconds"]:
             parts.append(f"{row['epoch'] / row['seconds']:.2f} epoch/s")
@@ -210,10 +257,30 @@ class _progress:  # noqa: N801 - used like a function
         if row["solver"]:
             parts.append(f"converged {row['solver']['converged']:.1%}")
             parts.append(f"{row['solver']['mean_steps']:.1f} steps")
-        backward = row["train"].get("backward_converged", 1)
-        if backward < 1:
-            parts.append(f"backward {backward:.1%}")
-        self.bar.update(self.task, completed=row["epoch"], description=", ".join(parts))
+        self._show(row["epoch"], [*parts, *self._troubles(row["train"])])
+
+    def part(self, epoch: float, means: Callable[[], dict[str, float]]) -> None:
+        """Within an epoch, once a second: fetching the means waits for the device."""
+        if time.monotonic() < self.shown + 1:
+            return
+        seen = means()
+        parts = [f"loss {seen['loss']:.3f}"]
+        if "converged" in seen:
+            parts.append(f"converged {seen['converged']:.1%}")
+            parts.append(f"{seen['mean_steps']:.1f} steps")
+        self._show(epoch, [*parts, *self._troubles(seen)])
+
+    def _troubles(self, seen: Mapping[str, float]) -> list[str]:
+        troubles = []
+        if seen.get("backward_converged", 1) < 1:
+            troubles.append(f"backward {seen['backward_converged']:.1%}")
+        if seen.get("bad_steps"):
+            troubles.append(f"{seen['bad_steps']:.0f} bad steps")
+        return troubles
+
+    def _show(self, epoch: float, parts: list[str]) -> None:
+        self.shown = time.monotonic()
+        self.bar.update(self.task, completed=epoch, description=", ".join(parts))
 
 
 def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:
@@ -251,7 +318,8 @@ def residuals_by_step(job: Job, fitted: Fitted) -> tuple[dict[str, np.ndarray], 
     validation = job.dataset.validation
     assert validation is not None
     inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
-    prediction: Any = jax.jit(model.apply)(fitted.best._asdict(), inputs)
+    variables = jax.device_get(fitted.best._asdict())  # off the mesh
+    prediction: Any = jax.jit(model.apply)(variables, inputs)
     trace = np.asarray(prediction.fusion.stats.trace)
     return {f"{trace.shape[1]:,} validation rows": trace}, solver.tol
 
@@ -268,9 +336,10 @@ def _solver_summary(result: Evaluation) -> Metrics | None:
 
 def _notes(fitted: Fitted, final: Fitted, job: Job, config: CommonConfig) -> list[str]:
     notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
-    last = fitted.history[-1]
-    if last["loss"] is not None and not np.isfinite(last["loss"]):
-        notes.append(f"Training stopped at epoch {last['epoch']}: the loss was no longer finite.")
+    last, bad = fitted.history[-1], sum(row["train"].get("bad_steps", 0) for row in fitted.history)
+    notes.append(f"Training ended after epoch {last['epoch']}: {fitted.ending}.")
+    if bad:
+        notes.append(f"{bad:.0f} steps had no finite loss and gradient, and changed nothing.")
     if final is not fitted:
         notes.append(
             "The test scores are of a second training, on the validation rows too, to that epoch."

@@ -1,11 +1,12 @@
-"""A training step, and an epoch as one compiled scan, on data that live on the device.
+"""A training step: from a state and a batch to the next state and what was seen.
 
 Parameters, optimiser state, step counter and key are one pytree, and every random number is
 derived from the key and the step, so a run that stops and resumes is the uninterrupted one bit
 for bit.
+
+A step whose loss or gradient is not finite is a bad one: it is counted and changes nothing.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import optax
 
 from deq_fusion_jax import Adjoint, FusionState
 from experiments.datasets import Split
+from experiments.devices import put, same, spread
 from experiments.task import Task, Variables, solver_means
 from experiments.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
 
@@ -21,13 +23,22 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes; `warm` is where the rows' next solves start, if kept, and
-    `average` the running mean of the weights, if one is."""
+    """Everything that training changes.
+
+    Attributes:
+      variables, optimiser: what is learned, and the optimiser's own state.
+      step: [] int32, steps done, bad ones included.
+      key: of the run; never changes.
+      bad: [] int32, bad steps in a row up to now.
+      warm: where the rows' next solves start, if that is kept.
+      average: the running mean of the weights, if there is one.
+    """
 
     variables: Variables
     optimiser: PyTree
     step: jax.Array
     key: jax.Array
+    bad: jax.Array
     warm: Warm | None = None
     average: PyTree | None = None
 
@@ -57,26 +68,31 @@ def init_state(
     params = variables["params"]
     variables = Variables(params, variables.get("batch_stats", {}))
     average = copied(params) if task.average else None
-    start = optimiser.init(params), jnp.zeros((), jnp.int32), key
-    return TrainState(variables, *start, warm, average)
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(variables, optimiser.init(params), zero, key, zero, warm, average)
+    return put(copied(state))  # no two of them in one buffer
 
 
 def train_step(
     task: Task,
     optimiser: optax.GradientTransformation,
     state: TrainState,
-    data: Split,
-    rows: jax.Array,
+    batch: Split,
+    rows: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step on a batch of rows, and what it saw."""
-    inputs, labels = jax.tree.map(lambda x: x[rows], tuple(data))
+    """One optimiser step on a batch, and what it saw; `rows` are its row numbers, for warm starts.
+
+    Among what it saw, "bad" is 1 for a bad step, whose other numbers mean nothing.
+    """
+    inputs, labels = spread(tuple(batch))
     dropout, jacobian = jax.random.split(jax.random.fold_in(state.key, state.step))
     rngs = {"dropout": dropout}
     if task.jacobian_weight:
         rngs["jacobian"] = jacobian
     start = None
     if state.warm is not None:
-        start = rows_of(state.warm, rows)
+        assert rows is not None, "warm starts are kept by row"
+        start = spread(rows_of(state.warm, rows))
     elif solves_adjoint(task.model):
         start = cold_start(task.model, state.variables._asdict(), inputs)
 
@@ -102,41 +118,32 @@ def train_step(
     gradient = jax.grad(objective, argnums=(0, 1), has_aux=True)
     params, adjoint0 = state.variables.params, start and start.adjoint0
     (grads, adjoint), (batch_stats, seen, rest) = gradient(params, adjoint0)
-    updates, optimiser_state = optimiser.update(grads, state.optimiser, params)
-    variables = Variables(optax.apply_updates(params, updates), batch_stats)
     seen["gradient_norm"] = optax.tree.norm(grads)
     if adjoint is not None:
         seen["backward_converged"] = jnp.mean(adjoint.failed == 0)
         seen["backward_steps"] = jnp.mean(adjoint.steps)
-    warm = state.warm and put_rows(state.warm, rows, Warm(rest, adjoint))
-    average = None
-    if state.average is not None:
-        average = optax.incremental_update(variables.params, state.average, 1 - task.average)
-    step = state.step + 1
-    return TrainState(variables, optimiser_state, step, state.key, warm, average), seen
+    good = jnp.isfinite(seen["loss"]) & jnp.isfinite(seen["gradient_norm"])
+    seen["bad"] = (~good).astype(jnp.float32)
 
+    def unless_bad(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
 
-@partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)
-def run_epochs(
-    task: Task,
-    optimiser: optax.GradientTransformation,
-    state: TrainState,
-    data: Split,
-    batch_size: int,
-    epochs: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`epochs` passes over shuffled data as one scan; returns what every step saw, [steps]."""
-    rows = len(data.labels)
-    batches = rows // batch_size
-
-    def order(epoch: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 1), epoch)
-        return jax.random.permutation(key, rows)[: batches * batch_size]
-
-    first = state.step // batches
-    order_of_all = jax.vmap(order)(first + jnp.arange(epochs)).reshape(-1, batch_size)
-
-    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(task, optimiser, state, data, batch)
-
-    return jax.lax.scan(step, state, order_of_all)
+    updates, optimiser_state = optimiser.update(grads, state.optimiser, params)
+    variables = Variables(optax.apply_updates(params, updates), batch_stats)
+    variables = unless_bad(variables, state.variables)
+    average = state.average
+    if average is not None:
+        average = optax.incremental_update(variables.params, average, 1 - task.average)
+    warm = state.warm
+    if warm is not None and rows is not None:
+        warm = put_rows(warm, rows, unless_bad(Warm(rest, adjoint), start))
+    after = TrainState(
+        variables,
+        unless_bad(optimiser_state, state.optimiser),
+        state.step + 1,
+        state.key,
+        jnp.where(good, 0, state.bad + 1),
+        warm,
+        average,
+    )
+    return same((after, seen))

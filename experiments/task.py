@@ -12,6 +12,7 @@ import numpy as np
 
 from deq_fusion_jax import FusionOutput, SolveStats
 from experiments.datasets import Split
+from experiments.devices import device_count, same, spread
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -93,7 +94,8 @@ class Evaluation(NamedTuple):
 
 def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 256) -> Evaluation:
     """Runs the model on a split in batches; a row's result does not depend on its batch."""
-    rows = len(split.labels)
+    rows, devices = len(split.labels), device_count()
+    batch_size = -(-batch_size // devices) * devices
     padded = -(-rows // batch_size) * batch_size
     index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
     logits, stats, gates, losses = _predict(task, variables, split, index)
@@ -112,7 +114,7 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
 @partial(jax.jit, static_argnames=("task",))
 def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> tuple[Any, ...]:
     def batch(rows: jax.Array) -> tuple[Any, ...]:
-        inputs, labels = jax.tree.map(lambda x: x[rows], tuple(split))
+        inputs, labels = spread(jax.tree.map(lambda x: x[rows], tuple(split)))
         prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
         fusion = prediction.fusion
         gates = jax.tree.map(
@@ -122,7 +124,7 @@ def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -
         one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
         return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
-    return jax.lax.map(batch, index)
+    return same(jax.lax.map(batch, index))
 
 
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:

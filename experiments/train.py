@@ -5,17 +5,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments.checkpoint import Checkpoints
 from experiments.datasets import Dataset, Split
 from experiments.datasets.preprocess import join
-from experiments.step import TrainState, copied, init_state, run_epochs
+from experiments.datasets.stream import Stream
+from experiments.devices import any_process, put, share_of
+from experiments.feed import Seen, feed
+from experiments.step import TrainState, copied, init_state
 from experiments.stopping import StoppedError
 from experiments.task import Task, Variables, evaluate, solver_means
 
 PyTree = Any
+Progress = Callable[[float, Callable[[], dict[str, float]]], None]
 
 
 class Schedule(NamedTuple):
@@ -28,6 +33,8 @@ class Schedule(NamedTuple):
       evaluate_every: epochs between two evaluations on the validation split.
       patience: evaluations without a gain after which training stops; None: never.
       smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
+      bad_steps: bad steps in a row (no finite loss or gradient, see `experiments.step`) after
+        which training stops; looked at when evaluating.
     """
 
     epochs: int
@@ -35,6 +42,7 @@ class Schedule(NamedTuple):
     evaluate_every: int = 1
     patience: int | None = None
     smooth: int = 1
+    bad_steps: int = 100
 
 
 class Fitted(NamedTuple):
@@ -45,18 +53,20 @@ class Fitted(NamedTuple):
       last: the state after the last step.
       history: one row an evaluation; see `fit`.
       best_epoch: epoch of `best`.
+      ending: why training stopped, in words.
     """
 
     best: Variables
     last: TrainState
     history: list[dict[str, Any]]
     best_epoch: int
+    ending: str
 
 
 def fit(
     task: Task,
     optimiser: optax.GradientTransformation,
-    train: Split,
+    train: Split | Stream,
     validation: Split,
     schedule: Schedule,
     seed: int,
@@ -65,32 +75,46 @@ def fit(
     test: Split | None = None,
     keep: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda epoch, means: None,
 ) -> Fitted:
     """Trains until `schedule` says stop, and keeps the variables that do best on validation, or
     those of the epoch `keep`.
 
     Every evaluation, the one before the first step included, adds a row to the history,
     {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
-    validation rows, "train": {…} means over the steps since the last row, "gates", "seconds"},
-    and hands it to `report`. Where a save is due, and at the end, a checkpoint is saved; where
-    `checkpoints` holds any, training goes on from the newest whole one. Training that has produced
-    a NaN stops there.
-    With `test` every row also has "test": {metric: value}, which nothing here looks at. Once `stop`
-    says so, the next row is saved and a StoppedError raised.
+    validation rows, "train": {…} means over the good steps since the last row and the number of
+    "bad_steps", "gates", "seconds"}, and hands it to `report`. Where a save is due, and at the end,
+    a checkpoint is saved; where `checkpoints` holds any, training goes on from the newest whole
+    one. With `test` every row also has "test": {metric: value}, which nothing here looks at. Once
+    `stop` says so, what there is is saved and a StoppedError raised.
+
+    A `Stream` is trained on step by step, so there a checkpoint may lie within an epoch, and
+    `progress` is told of every step: the epoch with its fraction, and a function of no arguments
+    that fetches the means so far. Within a mesh (`jax.set_mesh`, see `experiments.devices`) every
+    batch is spread over the devices.
     """
-    batch_size = min(schedule.batch_size, len(train.labels))
-    train, validation, test = jax.device_put((train, validation, test))
-    state = init_state(task, optimiser, train.inputs, seed)
+    rows = feed(train)
+    batch_size = share_of(schedule.batch_size, rows.rows)
+    batches = rows.rows // batch_size
+    validation, test = put(validation), put(test)
+    state = init_state(task, optimiser, rows.examples, seed)
     best, best_epoch, history = copied(state.learned), 0, []
+    sums: Seen = {}  # of what was seen since the last row
+    before = 0.0  # seconds that it took, up to a checkpoint
     saved = checkpoints and checkpoints.restore({"state": state, "best": best})
     if saved:
         _, tree, metadata = saved
         state, best = tree["state"], tree["best"]
         history, best_epoch = metadata["history"], metadata["best_epoch"]
+        sums, before = jax.tree.map(jnp.float32, metadata["sums"]), metadata["seconds"]
+    step = int(state.step)
 
-    def evaluate_now(epoch: int, seen: dict[str, jax.Array], seconds: float) -> dict[str, Any]:
+    def means_now() -> dict[str, float]:
+        return _means(sums)
+
+    def evaluate_now(epoch: int) -> dict[str, Any]:
         result = evaluate(task, state.learned, validation)
-        means = {name: float(np.mean(value)) for name, value in seen.items()}
+        means = means_now()
         watched = {"test": evaluate(task, state.learned, test).metrics} if test else {}
         return {
             "epoch": epoch,
@@ -100,31 +124,52 @@ def fit(
             "solver": _floats(solver_means(result.stats)) or None,
             "train": means,
             "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
-            "seconds": seconds,
             **watched,
         }
 
+    def save(seconds: float) -> None:
+        if checkpoints:
+            metadata = {"history": history, "best_epoch": best_epoch}
+            metadata |= {"sums": _floats(sums), "seconds": seconds}
+            checkpoints.save(step, {"state": state, "best": best}, metadata)
+
+    def asked() -> tuple[bool, bool]:
+        """Whether to save, and whether to stop then."""
+        stopped = any_process(stop())
+        return stopped or any_process(bool(checkpoints and checkpoints.due())), stopped
+
     if not history:
-        history.append(evaluate_now(0, {}, 0.0))
+        history.append(evaluate_now(0) | {"seconds": 0.0})
     for row in history:
         report(row)
-    while not _is_over(history, best_epoch, schedule):
-        start = time.monotonic()
-        epochs = min(schedule.evaluate_every, schedule.epochs - history[-1]["epoch"])
-        state, seen = run_epochs(task, optimiser, state, train, batch_size, epochs)
-        row = evaluate_now(history[-1]["epoch"] + epochs, seen, 0.0)
+    while not (ending := _ending(history, best_epoch, schedule, int(state.bad))):
+        start = time.monotonic() - before
+        epoch = min(history[-1]["epoch"] + schedule.evaluate_every, schedule.epochs)
+        end = epoch * batches
+        steps = rows.steps(task, optimiser, state, batch_size, step, end)
+        for step, state, seen in steps:  # noqa: B007
+            sums = _added(sums, seen)
+            if step < end:
+                progress(step / batches, means_now)
+                due, stopped = asked()
+                if due:
+                    save(time.monotonic() - start)
+                if stopped:
+                    raise StoppedError(f"step {step} is saved")
+        row = evaluate_now(epoch)
         row["seconds"] = history[-1]["seconds"] + time.monotonic() - start
         history.append(row)
+        sums, before = {}, 0.0
         if _is_chosen(history, best_epoch, keep, task.monitor, schedule.smooth):
-            best, best_epoch = copied(state.learned), row["epoch"]
-        over, stopped = _is_over(history, best_epoch, schedule), stop()
-        if checkpoints and (checkpoints.due() or over or stopped):
-            metadata = {"history": history, "best_epoch": best_epoch}
-            checkpoints.save(int(state.step), {"state": state, "best": best}, metadata)
+            best, best_epoch = copied(state.learned), epoch
+        over = _ending(history, best_epoch, schedule, int(state.bad))
+        due, stopped = asked()
+        if due or over:
+            save(0.0)
         report(row)
         if stopped and not over:
-            raise StoppedError(f"epoch {row['epoch']} is saved")
-    return Fitted(best, state, history, best_epoch)
+            raise StoppedError(f"epoch {epoch} is saved")
+    return Fitted(best, state, history, best_epoch, ending)
 
 
 def refit(
@@ -161,14 +206,43 @@ def _is_chosen(
     return bool(score > highest or (np.isfinite(score) and not np.isfinite(highest)))
 
 
-def _is_over(history: list[dict[str, Any]], best_epoch: int, schedule: Schedule) -> bool:
-    """Whether all epochs are done, patience has run out, or the loss is not finite any more."""
-    if history[-1]["epoch"] >= schedule.epochs:
-        return True
-    if history[-1]["loss"] is not None and not np.isfinite(history[-1]["loss"]):
-        return True
+def _ending(
+    history: list[dict[str, Any]], best_epoch: int, schedule: Schedule, bad: int
+) -> str | None:
+    """Why training is over; None where it is not."""
+    epoch = history[-1]["epoch"]
+    if epoch >= schedule.epochs:
+        return f"all {schedule.epochs} epochs are done"
+    if bad >= schedule.bad_steps:
+        return f"the last {bad} steps had no finite loss and gradient, and changed nothing"
     since = sum(row["epoch"] > best_epoch for row in history)
-    return schedule.patience is not None and since >= schedule.patience
+    if schedule.patience is not None and since >= schedule.patience:
+        return f"no gain on validation since epoch {best_epoch}, {since} evaluations ago"
+    return None
+
+
+# --- what the steps saw ------------------------------------------------------------------------
+
+
+@jax.jit
+def _added(sums: Seen, seen: Seen) -> Seen:
+    """Sums over the good steps, {name: []}, and "bad" over all, and "steps", with some more."""
+    good = seen["bad"] == 0
+    more = {name: jnp.sum(jnp.where(good, x, 0)) for name, x in seen.items()}
+    more |= {"bad": jnp.sum(seen["bad"]), "steps": jnp.float32(good.size)}
+    return {name: sums.get(name, 0.0) + x for name, x in more.items()}
+
+
+def _means(sums: Seen) -> dict[str, float]:
+    """Means over the good steps, NaN where there was none, and the number of bad steps."""
+    if not sums:
+        return {}
+    found = _floats(sums)
+    bad = found.pop("bad")
+    good = found.pop("steps") - bad
+    return {name: x / good if good else float("nan") for name, x in found.items()} | {
+        "bad_steps": bad
+    }
 
 
 def _floats(tree: PyTree) -> PyTree:

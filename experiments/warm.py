@@ -31,7 +31,9 @@ def solves_adjoint(model: nn.Module) -> bool:
 
 
 def cold_start(model: nn.Module, variables: PyTree, inputs: PyTree) -> Warm:
-    """No guess, for every row of the inputs."""
+    """No guess, for every row of the inputs, be they a multiple of the devices or not."""
+    if solves_adjoint(model):
+        model = model.clone(fusion=model.fusion.clone(batch_axis=None))
     out = jax.eval_shape(model.apply, variables, inputs).fusion
     shapes = FusionState(out.modalities, out.fused)
     z0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -81,6 +81,25 @@ class TestSample:
             assert spans[b"dev", b"vgg_features"] == (40, 50) and len(spans) == 3 * 6
             assert not any(e["indices"] for e in table) and table["available"].all()
 
+    def test_large_one_is_drawn_block_by_block(self, small_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(sample, "_BLOCK", 32)  # 70 rows: 32, 32 and 6
+        path = sample.sample_file(tmp_path / "70", *SIZES.values(), seed=1)
+        first = sample.sample_file(tmp_path / "32", 20, 4, 8, seed=1)
+        arrays = "features", "vgg_features", "genres", "images", "imdb_ids"
+        with h5py.File(path) as file, h5py.File(small_file) as whole, h5py.File(first) as block:
+            assert list(file) == list(whole)
+            for key in arrays:
+                assert (file[key].shape, file[key].dtype) == (whole[key].shape, whole[key].dtype)
+                np.testing.assert_array_equal(file[key][:32], block[key][:])
+            assert [i.decode() for i in file["imdb_ids"]] == [f"{i:07d}" for i in range(70)]
+            assert all(5 <= len(words) < 20 for words in file["sequences"])
+            for key in ("features", "vgg_features", "images"):
+                assert len(np.unique(file[key][:].reshape(70, -1), axis=0)) == 70
+            posterior = sample.bayes_posterior(file["features"][:], file["vgg_features"][:])
+            assert ((posterior > 0.5) == file["genres"][:]).mean() > 0.9  # as labelled, each block
+        data = mmimdb.load(path, tmp_path)
+        assert [len(s.labels) for s in (data.train, data.validation, data.test)] == [40, 10, 20]
+
     def test_stated_scores_are_the_best_ones(self):
         """Integration, a draw scored with the closed-form posterior, and the docstring agree."""
         movies = sample.generate(6000, np.random.default_rng(5))

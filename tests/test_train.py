@@ -23,8 +23,9 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import build_fusion
 from experiments.datasets import Dataset, Split
 from experiments.encoders import MaxoutMLP
+from experiments.feed import run_epochs
 from experiments.run import with_warm_starts
-from experiments.step import TrainState, init_state, run_epochs, train_step
+from experiments.step import TrainState, init_state, train_step
 from experiments.task import Prediction, Task, Variables, evaluate
 from experiments.train import Schedule, fit, refit
 from experiments.warm import needed_bytes
@@ -178,8 +179,7 @@ class TestResume:
         """Else the tests above would say little."""
         start = init_state(deq.task, deq.optimiser, deq.train.inputs, 3)
         assert bits(start.variables.batch_stats) != bits(deq.whole.last.variables.batch_stats)
-        batch = deq.train, jnp.arange(8)
-        step = jax.make_jaxpr(lambda s: train_step(deq.task, deq.optimiser, s, *batch)[0])
+        step = jax.make_jaxpr(lambda s: train_step(deq.task, deq.optimiser, s, deq.train)[0])
         assert "random_bits" in str(step(start))
 
     def test_the_seed_decides(self, deq):
@@ -194,8 +194,9 @@ class TestResume:
 
     def test_a_run_stopped_by_infinity_stays_stopped(self, tmp_path):
         options = {"rate": 1e10, "power": 4, "start": 1.0, "checkpoints": Checkpoints(tmp_path)}
-        first = fit_line(lambda w: -abs(w), Schedule(9, 4), **options)
-        again = fit_line(lambda w: -abs(w), Schedule(9, 4), **options)
+        first = fit_line(lambda w: -abs(w), Schedule(9, 4, bad_steps=2), **options)
+        again = fit_line(lambda w: -abs(w), Schedule(9, 4, bad_steps=2), **options)
+        assert len(first.history) == 4 and again.ending == first.ending
         assert str(timeless(again.history)) == str(timeless(first.history))
 
 
@@ -212,7 +213,11 @@ class TestHistory:
             assert (row["solver"]["converged"] == 1) == (0 < row["solver"]["residual"] <= 1e-3)
         for row in others:
             backward = {"backward_converged", "backward_steps"}
-            assert set(row["train"]) == {"loss", "gradient_norm", *backward, *row["solver"]}
+            assert set(row["train"]) == {
+                *("loss", "gradient_norm", "bad_steps"),
+                *backward,
+                *row["solver"],
+            }
             assert row["loss"] == row["train"]["loss"] > 0 and row["train"]["gradient_norm"] > 0
 
     def test_loss_is_the_mean_over_the_steps_of_the_epoch(self):
@@ -280,16 +285,32 @@ class TestStopping:
         assert len(fitted.history) == 1 and weight(fitted.best) == 0
 
     @pytest.mark.parametrize("score", [lambda w: -abs(w), lambda w: math.nan], ids=["inf", "nan"])
-    def test_a_loss_out_of_bounds_stops_and_the_best_is_finite(self, score):
-        fitted = fit_line(score, Schedule(9, 4), rate=1e10, power=4, start=1.0)
-        assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True, False]
-        assert math.isfinite(weight(fitted.best))
-
-    def test_training_that_explodes_in_its_first_epoch_leaves_the_start(self):
-        """Steps 2 to 4 are infinite and NaN; the score of NaN is NaN."""
-        fitted = fit_line(lambda w: -abs(w), Schedule(9, 1), rate=1e10, power=4, start=1.0)
-        assert len(fitted.history) == 2 and not np.isfinite(fitted.history[1]["loss"])
+    def test_steps_without_a_finite_loss_change_nothing_and_end_training(self, score):
+        """The first step leads to where w⁴ overflows."""
+        schedule = Schedule(9, 4, bad_steps=3)
+        fitted = fit_line(score, schedule, rate=1e10, power=4, start=1.0)
+        assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [0, 1, 1, 1]
+        assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True] + 3 * [False]
+        assert (
+            fitted.ending == "the last 3 steps had no finite loss and gradient, and changed nothing"
+        )
         assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
+        assert weight(fitted.last.variables) == pytest.approx(4e10)
+
+    def test_the_loss_of_an_epoch_is_that_of_its_good_steps(self):
+        schedule = Schedule(2, 1, bad_steps=9)
+        fitted = fit_line(lambda w: -abs(w), schedule, rate=1e10, power=4, start=1.0)
+        assert str([row["loss"] for row in fitted.history[1:]]) == "[-1.0, nan]"
+        assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [3, 4]
+        assert fitted.ending == "all 2 epochs are done"
+
+    def test_bad_steps_count_only_in_a_row(self):
+        """One bad row among four: three good steps an epoch."""
+        data = ONES._replace(inputs={"x": np.array([[1], [np.nan], [1], [1]], np.float32)})
+        task, schedule = line_task(lambda w: w), Schedule(4, 1, bad_steps=3)
+        fitted = fit(task, optax.sgd(1.0), data, ONES, schedule, seed=0)
+        assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == 4 * [1]
+        assert weight(fitted.last.variables) == weight(fitted.best) == 12
 
 
 class TestAverage:
@@ -326,8 +347,8 @@ class TestRefit:
         assert weight(again.last.variables) == 16
 
     def test_where_it_breaks_down_the_first_training_stands(self):
-        options = {"power": 4, "start": 1.0, "rate": 1e10}  # finite for one step, not for two
-        chosen, again = self.fit(lambda w: w, Schedule(1, 4), **options)
+        """One step here and two there, after which the model has no score any more."""
+        chosen, again = self.fit(lambda w: w if w < 1.5 else math.nan, Schedule(1, 4))
         assert chosen.best_epoch == 1 and again is chosen
 
 
@@ -429,12 +450,16 @@ class TestWarmStarts:
         state = init_state(task, still, deq.train.inputs, 3)
         variables = state.variables._asdict()
         rows = jnp.array([5, 2, 19, 7])
-        state, first = train_step(task, still, state, deq.train, rows)
+
+        def batch(rows):
+            return jax.tree.map(lambda x: x[rows], deq.train)
+
+        state, first = train_step(task, still, state, batch(rows), rows)
         solved = task.model.apply(variables, jax.tree.map(lambda x: x[rows], deq.train.inputs))
         np.testing.assert_allclose(state.warm.z0.fused[rows], solved.fusion.fused, atol=1e-5)
         others = jnp.delete(state.warm.z0.fused, rows, axis=0)
         assert not others.any() and state.warm.z0.fused[rows].any(axis=1).all()
-        state, second = train_step(task, still, state, deq.train, rows[::-1])
+        state, second = train_step(task, still, state, batch(rows[::-1]), rows[::-1])
         assert first["mean_steps"] > 3 and first["backward_steps"] > 3
         assert second["mean_steps"] == second["backward_steps"] == 1
 
@@ -483,12 +508,16 @@ class TestStep:
             task = line_task(lambda w: w, weight=gamma)
             params = {"w": jnp.full(1, 3.0)}
             state = TrainState(
-                Variables(params, {}), optimiser.init(params), jnp.int32(0), jax.random.key(0)
+                Variables(params, {}),
+                optimiser.init(params),
+                jnp.int32(0),
+                jax.random.key(0),
+                jnp.int32(0),
             )
-            after, seen = train_step(task, optimiser, state, ONES, jnp.arange(4))
+            after, seen = train_step(task, optimiser, state, ONES)
             assert weight(after.variables) == pytest.approx(3 + 1 - 6 * gamma)
             assert float(seen["loss"]) == -3  # without the penalty, which has its own entry
-            assert (float(seen["jacobian_penalty"]) == 9) if gamma else (len(seen) == 2)
+            assert (float(seen["jacobian_penalty"]) == 9) if gamma else (len(seen) == 3)
             assert int(after.step) == 1 and bits(after.key) == bits(state.key)
 
     @pytest.mark.parametrize("fusion_rate", [0.1, 1.0])

@@ -4,9 +4,12 @@
 the source files once, keep it in a cache directory, and read it back.
 """
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.datasets.stream import Stream
 
 
 class Split(NamedTuple):
@@ -17,7 +20,11 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set with its published split; no validation split means: carve it from train."""
+    """A data set with its published split; no validation split means: carve it from train.
+
+    Where the training rows stay on disk, they are those of `stream`, and `train` has a few of them
+    that show what they look like.
+    """
 
     name: str
     data: Literal["sample", "real"]
@@ -25,6 +32,7 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split | None
     test: Split
+    stream: "Stream | None" = None
 
     @property
     def description(self) -> str:

@@ -8,6 +8,7 @@ Source of both: archive.org/details/mmimdb (Arevalo et al., Gated Multimodal Uni
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,8 @@ from experiments.datasets.mmimdb_hdf5 import FILE_NAME, MmimdbFeatures
 from experiments.datasets.mmimdb_raw import MmimdbRaw, RawSource
 from experiments.datasets.mmimdb_sample import sample_file
 from experiments.datasets.precomputed import Features, read_features
-from experiments.datasets.prepared import cache_root, fingerprint, prepare, read_split
+from experiments.datasets.prepared import Examples, cache_root, fingerprint, prepare
+from experiments.datasets.stream import Stream
 from experiments.errors import InputError
 
 Variant = Literal["features", "raw"]
@@ -28,6 +30,7 @@ REMOTES: dict[Variant, Remote] = {
     "features": Remote("https://archive.org/download/mmimdb/multimodal_imdb.hdf5"),
     "raw": Remote("https://archive.org/download/mmimdb/mmimdb.tar.gz"),
 }
+_RAW = "with raw posters and plots: the vocabulary takes all training rows"
 
 
 def load(
@@ -37,6 +40,7 @@ def load(
     features_npz: Path | None = None,
     image_size: tuple[int, int] = (96, 64),
     download: bool = False,
+    stream: bool = False,
 ) -> Dataset:
     """Load MM-IMDB, preparing it first if need be.
 
@@ -48,11 +52,16 @@ def load(
       features_npz: features to use in place of the data set's own (see ``precomputed``).
       image_size: (height, width) of the posters (raw).
       download: get the files from archive.org first, into data_dir or else the cache directory.
+      stream: leave the training rows on disk (features).
     """
     if variant not in (None, *REMOTES):
         raise InputError(f"variant is {variant!r}; expected {' or '.join(REMOTES)}")
     if len(image_size) != 2 or min(image_size) < 1:
         raise InputError(f"image_size is {image_size}; expected (height, width), both positive")
+    if stream and features_npz:
+        raise _not_streamed("with --features-npz: those features are read into memory as one file")
+    if stream and variant == "raw":
+        raise _not_streamed(_RAW)
     precomputed = read_features(Path(features_npz).expanduser()) if features_npz else None
     if download:
         variant = variant or "features"
@@ -65,18 +74,28 @@ def load(
         source = _find(Path(data_dir).expanduser(), variant)
     if source.is_file():
         builder = _prepare_features(source, cache_dir)
+    elif stream:
+        raise _not_streamed(_RAW)
     else:
         builder = _prepare_raw(RawSource(source, image_size), cache_dir)
-    splits = {
-        split: _to_split(read_split(builder, split), precomputed)
-        for split in ("train", "validation", "test")
-    }
+
+    def rows_of(split: str) -> Stream:
+        return Stream(Examples(builder, split), partial(_to_split, precomputed=precomputed))
+
+    train, validation, test = map(rows_of, ("train", "validation", "test"))
     return Dataset(
         name="MM-IMDB",
         data="sample" if data_dir is None else "real",
         classes=tuple(builder.info.metadata["classes"]),
-        **splits,
+        train=train.read(np.arange(len(train))[: 2 if stream else None]),
+        validation=validation.read(np.arange(len(validation))),
+        test=test.read(np.arange(len(test))),
+        stream=train if stream else None,
     )
+
+
+def _not_streamed(why: str) -> InputError:
+    return InputError(f"--stream {why}; leave --stream out")
 
 
 def _prepare_features(file: Path, cache_dir: Path | None) -> tfds.core.DatasetBuilder:

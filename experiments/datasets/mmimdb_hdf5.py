@@ -16,7 +16,8 @@ comment.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.datasets.numbers import to_float32
-from experiments.datasets.prepared import SourceBuilder
+from experiments.datasets.prepared import ShardedBuilder
 from experiments.errors import InputError
 
 FILE_NAME = "multimodal_imdb.hdf5"
@@ -33,7 +34,7 @@ TEXT_WIDTH, IMAGE_WIDTH, GENRES = 300, 4096, 23
 PUBLISHED_ROWS = {"train": (0, 15552), "validation": (15552, 18160), "test": (18160, 25959)}
 _FUEL_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 _WIDTHS = {"features": TEXT_WIDTH, "vgg_features": IMAGE_WIDTH, "genres": GENRES}
-_CHUNK = 1024
+_CHUNK = 1024  # rows read from HDF5 at once
 # How h5py tells that a file is damaged, depending on where.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 
@@ -45,7 +46,7 @@ class Layout(NamedTuple):
     rows: dict[str, np.ndarray]  # split → row numbers
 
 
-class MmimdbFeatures(SourceBuilder):
+class MmimdbFeatures(ShardedBuilder):
     """TFDS builder; ``source`` is the path of the HDF5 file."""
 
     VERSION = tfds.core.Version("1.1.0")  # 1.1.0: arrays as bytes
@@ -70,16 +71,18 @@ class MmimdbFeatures(SourceBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    def _shard_iterators_per_split(self, dl_manager: object) -> dict[str, list[Callable]]:
         with open_hdf5(self.source) as file:
             rows = read_layout(file).rows
-        return {split: self._generate_examples(rows[split]) for split in rows}
+        return {split: [partial(self._generate_examples, rows[split])] for split in rows}
 
     def _generate_examples(self, rows: np.ndarray) -> Iterator[tuple[int, dict]]:
+        example: dict = {}  # one for all rows: TFDS holds on to what it gets, to count it later
         with open_hdf5(self.source) as file:
             for start in range(0, len(rows), _CHUNK):
-                examples = read_rows(file, rows[start : start + _CHUNK])
-                yield from enumerate(examples, start)  # TFDS orders by this key
+                for key, row in enumerate(read_rows(file, rows[start : start + _CHUNK]), start):
+                    example.update(row)
+                    yield key, example
 
 
 def _bytes(width: int, dtype: type) -> tfds.features.Tensor:
@@ -242,9 +245,14 @@ def read_rows(file: h5py.File, rows: np.ndarray) -> Iterator[dict]:
 
 
 def _take(file: h5py.File, key: str, rows: np.ndarray) -> np.ndarray:
-    """``file[key][rows]``: one read of the range around them, which HDF5 does fastest."""
-    low = rows.min()
-    return file[key][low : rows.max() + 1][rows - low]
+    """``file[key][rows]``: one read of the range around them, which HDF5 does fastest.
+
+    Rows too far apart for that are read one by one.
+    """
+    low, high = rows.min(), rows.max() + 1
+    if high - low > 4 * len(rows):
+        return np.stack([file[key][row] for row in rows])
+    return file[key][low:high][rows - low]
 
 
 def _as_str(value: object) -> str:

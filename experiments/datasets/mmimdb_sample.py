@@ -21,6 +21,7 @@ a genre iff its posterior exceeds 1/2 scores, by direct integration:
 A movie may have no genre at all (about 1 in 100). Pixels, word sequences and ids say nothing.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -49,6 +50,7 @@ TEXT_FLIP, IMAGE_FLIP = 0.10, 0.14
 SEPARATION, OFF_PLANE = 3.5, 0.1  # A/S and R/S
 TEXT_SCALE, IMAGE_SCALE = 0.1, 2.6  # S: word2vec means have an RMS near 0.1, VGG features near 1
 _SEED = 2306
+_BLOCK = 4096  # rows drawn and written at once, which bounds the memory of a large sample
 
 
 class Scores(NamedTuple):
@@ -121,6 +123,7 @@ def _flip(bits: np.ndarray, probability: float, rng: np.random.Generator) -> np.
     return bits ^ (rng.random(bits.shape) < probability)
 
 
+@functools.cache
 def _directions(width: int) -> np.ndarray:
     """Q [width, 23], the same for every draw."""
     gaussian = np.random.default_rng(width).standard_normal((width, K))
@@ -167,19 +170,10 @@ def _softplus_inverse(values: np.ndarray) -> np.ndarray:
 
 
 def _write(path: Path, sizes: tuple[int, int, int], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    total = sum(sizes)
-    movies = generate(total, rng)
+    rng, total = np.random.default_rng(seed), sum(sizes)
     with h5py.File(path, "w") as file:
-        file["features"] = movies.text
-        file["vgg_features"] = movies.image
-        file["genres"] = movies.labels.astype(np.int32)
-        file["genres"].attrs["target_names"] = json.dumps(GENRE_NAMES)
-        file["images"] = rng.integers(0, 256, (total, 3, 8, 5), dtype=np.int32)
-        file["imdb_ids"] = np.array([f"{i:07d}" for i in range(total)], dtype="S7")
-        words = file.create_dataset("sequences", (total,), dtype=h5py.vlen_dtype(np.int32))
-        for i, length in enumerate(rng.integers(5, 20, total)):
-            words[i] = rng.integers(1, 1000, length, dtype=np.int32)
+        for start in range(0, total, _BLOCK):
+            _write_rows(file, slice(start, min(start + _BLOCK, total)), total, rng)
         train, validation, _ = np.cumsum(sizes).tolist()
         spans = {
             "train": (0, train),
@@ -187,3 +181,23 @@ def _write(path: Path, sizes: tuple[int, int, int], seed: int) -> None:
             "test": (validation, total),
         }
         file.attrs["split"] = fuel_split(spans, tuple(file))
+
+
+def _write_rows(file: h5py.File, rows: slice, total: int, rng: np.random.Generator) -> None:
+    """Draw these rows of every array, and make the arrays, of `total` rows, with the first."""
+    count = rows.stop - rows.start
+    movies = generate(count, rng)
+
+    def write(key: str, values: np.ndarray) -> None:
+        shape = (total, *values.shape[1:])
+        file.require_dataset(key, shape, values.dtype)[rows] = values
+
+    write("features", movies.text)
+    write("vgg_features", movies.image)
+    write("genres", movies.labels.astype(np.int32))
+    file["genres"].attrs["target_names"] = json.dumps(GENRE_NAMES)
+    write("images", rng.integers(0, 256, (count, 3, 8, 5), dtype=np.int32))
+    write("imdb_ids", np.array([f"{i:07d}" for i in range(rows.start, rows.stop)], dtype="S7"))
+    words = file.require_dataset("sequences", (total,), h5py.vlen_dtype(np.int32))
+    for i, length in enumerate(rng.integers(5, 20, count), rows.start):
+        words[i] = rng.integers(1, 1000, length, dtype=np.int32)

@@ -1,0 +1,145 @@
+"""How training rows reach the device: all of them at once, or batch by batch from disk.
+
+Either way the rows of step s are the same: an epoch is a permutation drawn from the run's key and
+the epoch, cut into batches; a last incomplete batch is left out.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.datasets import Split
+from experiments.datasets.stream import Stream
+from experiments.devices import own_rows, put, put_batch
+from experiments.step import TrainState, train_step
+from experiments.task import Task
+
+PyTree = Any
+Seen = dict[str, jax.Array]
+
+
+class Resident(NamedTuple):
+    """All rows live on the device, and epochs are one compiled scan."""
+
+    split: Split
+
+    @property
+    def rows(self) -> int:
+        return len(self.split.labels)
+
+    @property
+    def examples(self) -> PyTree:
+        """Inputs of as many rows as the state has to know of."""
+        return self.split.inputs
+
+    def steps(
+        self,
+        task: Task,
+        optimiser: optax.GradientTransformation,
+        state: TrainState,
+        batch_size: int,
+        first: int,
+        end: int,
+    ) -> Iterator[tuple[int, TrainState, Seen]]:
+        """Trains from step `first` to `end`: (steps done, state, what the steps saw), once."""
+        epochs = (end - first) // (self.rows // batch_size)
+        yield end, *run_epochs(task, optimiser, state, self.split, batch_size, epochs)
+
+
+class Streamed(NamedTuple):
+    """Rows stay on disk; the next batches are read while the device works."""
+
+    stream: Stream
+
+    @property
+    def rows(self) -> int:
+        return len(self.stream)
+
+    @property
+    def examples(self) -> PyTree:
+        return self.stream.read(np.arange(2)).inputs
+
+    def steps(
+        self,
+        task: Task,
+        optimiser: optax.GradientTransformation,
+        state: TrainState,
+        batch_size: int,
+        first: int,
+        end: int,
+    ) -> Iterator[tuple[int, TrainState, Seen]]:
+        """As `Resident.steps`, after every step."""
+        step, before = first, None
+        orders = self._orders(state.key, batch_size, first, end)
+        for batch in self.stream.batches(orders):
+            state, seen = _run_step(task, optimiser, state, put_batch(batch))
+            jax.block_until_ready(before)  # two steps under way, or all batches would be in memory
+            step, before = step + 1, seen
+            yield step, state, seen
+
+    def _orders(
+        self, key: jax.Array, batch_size: int, first: int, end: int
+    ) -> Iterator[np.ndarray]:
+        """The row numbers of every step that this process reads."""
+        batches, of_epoch = self.rows // batch_size, -1
+        for step in range(first, end):
+            epoch, batch = divmod(step, batches)
+            if epoch != of_epoch:
+                order, of_epoch = np.asarray(order_of_epoch(key, epoch, self.rows)), epoch
+            yield own_rows(order[batch * batch_size : (batch + 1) * batch_size])
+
+
+@partial(jax.jit, static_argnames="rows")
+def order_of_epoch(key: jax.Array, epoch: jax.Array, rows: int) -> jax.Array:
+    """The rows [rows] in the order of that epoch."""
+    key = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), epoch)
+    return jax.random.permutation(key, rows)
+
+
+_run_step = jax.jit(train_step, static_argnames=("task", "optimiser"), donate_argnames="state")
+
+
+@partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)
+def run_epochs(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    data: Split,
+    batch_size: int,
+    epochs: int,
+) -> tuple[TrainState, Seen]:
+    """`epochs` passes over shuffled data as one scan; returns what every step saw, [steps]."""
+    rows = len(data.labels)
+    batches = rows // batch_size
+
+    def order(epoch: jax.Array) -> jax.Array:
+        return order_of_epoch(state.key, epoch, rows)[: batches * batch_size]
+
+    first = state.step // batches
+    orders = jax.vmap(order)(first + jnp.arange(epochs)).reshape(-1, batch_size)
+    return scan_steps(task, optimiser, state, data, orders)
+
+
+def scan_steps(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    data: Split,
+    orders: jax.Array,
+) -> tuple[TrainState, Seen]:
+    """A step for every row of row numbers [steps, B]."""
+
+    def step(state: TrainState, rows: jax.Array) -> tuple[TrainState, Seen]:
+        batch = jax.tree.map(lambda x: x[rows], data)
+        return train_step(task, optimiser, state, batch, rows)
+
+    return jax.lax.scan(step, state, orders)
+
+
+def feed(train: Split | Stream) -> Resident | Streamed:
+    return Streamed(train) if isinstance(train, Stream) else Resident(put(train))
