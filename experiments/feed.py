@@ -16,7 +16,7 @@ import optax
 from experiments.datasets import Split
 from experiments.datasets.stream import Stream
 from experiments.devices import own_rows, put, put_batch
-from experiments.step import TrainState, train_step
+from experiments.step import TrainState, copied, train_step
 from experiments.task import Task
 
 PyTree = Any
@@ -75,7 +75,7 @@ class Streamed(NamedTuple):
     ) -> Iterator[tuple[int, TrainState, Seen]]:
         """As `Resident.steps`, after every step."""
         step, before = first, None
-        orders = self._orders(state.key, batch_size, first, end)
+        orders = self._orders(copied(state.key), batch_size, first, end)  # the state's is donated
         for batch in self.stream.batches(orders):
             state, seen = _run_step(task, optimiser, state, put_batch(batch))
             jax.block_until_ready(before)  # two steps under way, or all batches would be in memory

@@ -339,7 +339,8 @@ def _notes(fitted: Fitted, final: Fitted, job: Job, config: CommonConfig) -> lis
     last, bad = fitted.history[-1], sum(row["train"].get("bad_steps", 0) for row in fitted.history)
     notes.append(f"Training ended after epoch {last['epoch']}: {fitted.ending}.")
     if bad:
-        notes.append(f"{bad:.0f} steps had no finite loss and gradient, and changed nothing.")
+        what = "had no finite gradient, or inputs out of all range, and changed nothing"
+        notes.append(f"{bad:.0f} steps {what}.")
     if final is not fitted:
         notes.append(
             "The test scores are of a second training, on the validation rows too, to that epoch."

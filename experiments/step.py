@@ -4,11 +4,15 @@ Parameters, optimiser state, step counter and key are one pytree, and every rand
 derived from the key and the step, so a run that stops and resumes is the uninterrupted one bit
 for bit.
 
-A step whose loss or gradient is not finite is a bad one: it is counted and changes nothing.
+A step is bad, counted, and changes nothing where its loss or gradient is not finite, or where the
+inputs of a modality are FAR times as large as in the good batches before: one such batch would
+spoil the running statistics of batch normalisation for many steps.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,6 +24,7 @@ from experiments.task import Task, Variables, solver_means
 from experiments.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
 
 PyTree = Any
+FAR = 100.0
 
 
 class TrainState(NamedTuple):
@@ -30,6 +35,7 @@ class TrainState(NamedTuple):
       step: [] int32, steps done, bad ones included.
       key: of the run; never changes.
       bad: [] int32, bad steps in a row up to now.
+      usual: {modality: []} running mean of the inputs' `sizes` in good batches; 0 before the first.
       warm: where the rows' next solves start, if that is kept.
       average: the running mean of the weights, if there is one.
     """
@@ -39,6 +45,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     key: jax.Array
     bad: jax.Array
+    usual: dict[str, jax.Array]
     warm: Warm | None = None
     average: PyTree | None = None
 
@@ -61,7 +68,7 @@ def init_state(
     """The state before the first step; the parameters depend on the seed alone."""
     init_key, key = jax.random.split(jax.random.key(seed))
     sample = jax.tree.map(lambda x: x[:2], inputs)
-    variables = jax.jit(task.model.init)(init_key, sample)
+    variables = _initialised(task.model, init_key, sample)
     warm = None
     if task.warm_start and solves_adjoint(task.model):
         warm = cold_start(task.model, variables, inputs)
@@ -69,8 +76,20 @@ def init_state(
     variables = Variables(params, variables.get("batch_stats", {}))
     average = copied(params) if task.average else None
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(variables, optimiser.init(params), zero, key, zero, warm, average)
+    usual = jax.tree.map(jnp.zeros_like, sizes(sample))
+    state = TrainState(variables, optimiser.init(params), zero, key, zero, usual, warm, average)
     return put(copied(state))  # no two of them in one buffer
+
+
+@partial(jax.jit, static_argnames="model")  # compiled once for all seeds
+def _initialised(model: nn.Module, key: jax.Array, inputs: PyTree) -> PyTree:
+    return model.init(key, inputs)
+
+
+def sizes(inputs: PyTree) -> dict[str, jax.Array]:
+    """Root mean square of every floating-point modality of a batch; what is missing (NaN) aside."""
+    real = {name: x for name, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return {name: jnp.sqrt(jnp.nanmean(jnp.square(x))) for name, x in real.items()}
 
 
 def train_step(
@@ -123,6 +142,12 @@ def train_step(
         seen["backward_converged"] = jnp.mean(adjoint.failed == 0)
         seen["backward_steps"] = jnp.mean(adjoint.steps)
     good = jnp.isfinite(seen["loss"]) & jnp.isfinite(seen["gradient_norm"])
+    usual = state.usual
+    for name, size in sizes(inputs).items():
+        before = usual[name]
+        good &= (before == 0) | ~(size > FAR * before)
+        size = jnp.where(before == 0, size, 0.9 * before + 0.1 * size)
+        usual = usual | {name: jnp.where(jnp.isfinite(size), size, before)}
     seen["bad"] = (~good).astype(jnp.float32)
 
     def unless_bad(new: PyTree, old: PyTree) -> PyTree:
@@ -143,6 +168,7 @@ def train_step(
         state.step + 1,
         state.key,
         jnp.where(good, 0, state.bad + 1),
+        unless_bad(usual, state.usual),
         warm,
         average,
     )

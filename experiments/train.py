@@ -33,8 +33,8 @@ class Schedule(NamedTuple):
       evaluate_every: epochs between two evaluations on the validation split.
       patience: evaluations without a gain after which training stops; None: never.
       smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
-      bad_steps: bad steps in a row (no finite loss or gradient, see `experiments.step`) after
-        which training stops; looked at when evaluating.
+      bad_steps: bad steps in a row (see `experiments.step`) after which training stops; looked at
+        when evaluating.
     """
 
     epochs: int
@@ -214,7 +214,7 @@ def _ending(
     if epoch >= schedule.epochs:
         return f"all {schedule.epochs} epochs are done"
     if bad >= schedule.bad_steps:
-        return f"the last {bad} steps had no finite loss and gradient, and changed nothing"
+        return f"the last {bad} steps were bad: no finite gradient, or inputs out of all range"
     since = sum(row["epoch"] > best_epoch for row in history)
     if schedule.patience is not None and since >= schedule.patience:
         return f"no gain on validation since epoch {best_epoch}, {since} evaluations ago"

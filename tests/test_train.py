@@ -292,7 +292,7 @@ class TestStopping:
         assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [0, 1, 1, 1]
         assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True] + 3 * [False]
         assert (
-            fitted.ending == "the last 3 steps had no finite loss and gradient, and changed nothing"
+            fitted.ending == "the last 3 steps were bad: no finite gradient, or inputs out of all range"
         )
         assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
         assert weight(fitted.last.variables) == pytest.approx(4e10)
@@ -513,6 +513,7 @@ class TestStep:
                 jnp.int32(0),
                 jax.random.key(0),
                 jnp.int32(0),
+                {"x": jnp.float32(0)},
             )
             after, seen = train_step(task, optimiser, state, ONES)
             assert weight(after.variables) == pytest.approx(3 + 1 - 6 * gamma)
