@@ -4,9 +4,9 @@
     python -m experiments.benchmark_stream --rows 20000 --features 128
 
 MM-IMDB's synthetic sample with more rows, and the model and batch of `experiments.mmimdb`. Each
-contender trains in a process of its own, in turns, a few steps a round. The one that streams may
-take LIMIT more data than it has before it opens them (RLIMIT_DATA), or it dies. Writes
-`stream.json` and `stream.md`.
+contender trains in a process of its own, in turns, a few steps a round. After the first round, which
+is not counted, the one that streams may take no more than LIMIT beyond what it has (RLIMIT_DATA), or
+it dies. Writes `stream.json` and `stream.md`.
 """
 
 import itertools
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from experiments import mmimdb
+from experiments.benchmark_memory import memory
 from experiments.benchmark_timing import Contender, interleaved
 from experiments.cli import parse
 from experiments.config import require
@@ -108,21 +109,15 @@ def rounds_of(config: Config, stream: bool) -> Iterator[None]:
 def train(config: Config, stream: bool) -> None:
     """A round for every line of standard input, answered by the memory that it has taken."""
     before = memory("VmRSS")
-    if stream:
-        most = memory("VmData") + LIMIT
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     rounds = rounds_of(config, stream)
+    limited = False
     for _ in sys.stdin:
         next(rounds)
+        if stream and not limited:  # the model is there, and its programs
+            most = memory("VmData") + LIMIT
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+            limited = True
         print(json.dumps({"before": before, "peak": memory("VmHWM")}), flush=True)
-
-
-def memory(name: str) -> int:
-    """Bytes of this process, as Linux counts them: VmRSS, VmHWM (its peak), VmData."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise InputError("this benchmark reads /proc/self/status; run it on Linux")
 
 
 # --- the benchmark -----------------------------------------------------------------------------
@@ -194,8 +189,9 @@ def table(results: dict[str, Any]) -> str:
         f"{found['data']}, {config['rows']:,} training rows, {found['bytes'] / 1e9:.2f} GB; d = "
         f"{config['features']}, batch {config['batch_size']}, {config['steps']} steps a round, "
         f"{config['rounds']} rounds in turns. From disk: {found['ratio']:.0%} of the throughput in "
-        f"memory (median of the rounds), under a hard limit of {LIMIT / 1e9:.2f} GB more data than "
-        "before. Memory is the peak of the resident set less what it was before the data."
+        f"memory (median of the rounds), under a hard limit of {LIMIT / 1e9:.2f} GB beyond the "
+        "model. Memory is the peak of the resident set, model and programs included, less what it "
+        "was before data and model."
     )
     device = results["versions"]["device"]
     return "\n".join(["# From disk", "", about, "", markdown_table(lines), "", f"On {device}.", ""])

@@ -194,12 +194,14 @@ def stopping(run_dir: Path) -> Iterator[Callable[[], bool]]:
 
 def _recorder(path: Path, show: "_Bar") -> Callable[..., None]:
     """What writes a row of the history to a file and shows it."""
-    rows: list[str] = []
+    mode = "w"  # a resumed run hands its old rows over again
 
     def report(row: dict[str, Any]) -> None:
-        rows.append(json.dumps(plain(row)) + "\n")
+        nonlocal mode
         if is_first():
-            write_text(path, "".join(rows))
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(plain(row)) + "\n")
+        mode = "a"
         show(row)
 
     return report

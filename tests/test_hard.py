@@ -1,5 +1,9 @@
-"""Hard problems for the fusion layer: finite answers and gradients, and honest statistics."""
+"""Hard problems for the fusion layer, and for training: finite answers, and honest statistics.
 
+python -m pytest tests/test_hard.py -m slow      (whole runs on the sample, some of it corrupted)
+"""
+
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,6 +12,8 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax import Anderson, DEQFusion
+from experiments import mmimdb, train
+from experiments.datasets.stream import Stream
 
 D, B = 32, 6
 LAYER = DEQFusion(D, solver=Anderson(tol=1e-4, max_steps=60))
@@ -67,3 +73,90 @@ def test_weights_that_let_nothing_converge(factor):
     assert finite((out.fused, out.modalities, out.stats))
     assert finite(gradients) or factor == 1e6  # where squares overflow float32
     np.testing.assert_array_equal(out.stats.converged, out.stats.residual <= 1e-4)
+
+
+# --- training on the sample ------------------------------------------------------------------
+
+
+class Faulty(Stream):
+    """A stream of which five batches in a hundred are spoilt."""
+
+    def __init__(self, stream, spoil):
+        super().__init__(stream._source, stream._to_split)
+        self.spoil, self.spoilt, self.rng = spoil, 0, np.random.default_rng(1)
+
+    def batches(self, *args, **options):
+        for batch in super().batches(*args, **options):
+            if self.rng.random() < 0.05:
+                self.spoilt += 1
+                inputs = {name: self.spoil(self.rng, x) for name, x in batch.inputs.items()}
+                batch = batch._replace(inputs=inputs)
+            yield batch
+
+
+SPOILERS = {
+    "nan": lambda rng, x: np.full_like(x, np.nan),
+    "some infinite": lambda rng, x: np.where(rng.random(x.shape) < 0.01, np.float32(np.inf), x),
+    "a million times": lambda rng, x: np.float32(1e6) * x,
+    "noise": lambda rng, x: np.float32(1e3) * rng.standard_normal(x.shape, np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The sample's own settings, its rows on disk, and the score of a clean run."""
+    home = tmp_path_factory.mktemp("sample")
+    config = dataclasses.replace(mmimdb.SAMPLE, stream=True, cache_dir=home)
+    job = mmimdb.job(config)
+    return job, macro_f1(fitted(job, job.dataset.stream))
+
+
+def fitted(job, rows):
+    return train.fit(job.task, job.optimiser, rows, job.dataset.validation, job.schedule, 0)
+
+
+def macro_f1(run):
+    row = next(row for row in run.history if row["epoch"] == run.best_epoch)
+    return row["validation"]["macro_f1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoiler", SPOILERS)
+def test_one_batch_in_twenty_corrupted(sample, spoiler):
+    """The spoilt ones change nothing, and the others are enough to come within two points."""
+    job, clean = sample
+    rows = Faulty(job.dataset.stream, SPOILERS[spoiler])
+    run = fitted(job, rows)
+    bad = sum(row["train"].get("bad_steps", 0) for row in run.history)
+    print(f"{spoiler}: validation macro-F1 {macro_f1(run):.3f}, clean {clean:.3f}, {bad:.0f} bad")
+    assert bad == rows.spoilt > 20
+    assert macro_f1(run) > clean - 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [100, 1000])
+def test_a_learning_rate_far_too_high(sample, factor):
+    job, _ = sample
+    config = dataclasses.replace(mmimdb.SAMPLE, learning_rate=factor * 1e-3)
+    job = job._replace(optimiser=mmimdb.optimiser(config))
+    job = job._replace(schedule=job.schedule._replace(epochs=5))
+    run = fitted(job, job.dataset.stream)
+    assert finite(run.last.variables) and run.ending == "all 5 epochs are done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [30, 1e6])
+def test_weights_with_which_nothing_converges(sample, monkeypatch, factor):
+    job, _ = sample
+    begin = train.init_state
+
+    def wild(*args):
+        state = begin(*args)
+        params = state.variables.params
+        params |= {"fusion": jax.tree.map(partial(jnp.multiply, factor), params["fusion"])}
+        return state._replace(variables=state.variables._replace(params=params))
+
+    monkeypatch.setattr(train, "init_state", wild)
+    run = fitted(job, job.dataset.stream)
+    assert finite(run.last.variables) and run.history[-1]["solver"]["converged"] < 0.1
+    assert run.ending.startswith("the last 1") and "steps were bad" in run.ending

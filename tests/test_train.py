@@ -291,9 +291,7 @@ class TestStopping:
         fitted = fit_line(score, schedule, rate=1e10, power=4, start=1.0)
         assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [0, 1, 1, 1]
         assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True] + 3 * [False]
-        assert (
-            fitted.ending == "the last 3 steps were bad: no finite gradient, or inputs out of all range"
-        )
+        assert fitted.ending.startswith("the last 3 steps were bad: no finite gradient")
         assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
         assert weight(fitted.last.variables) == pytest.approx(4e10)
 

@@ -1,0 +1,179 @@
+"""A long training run: whether memory and the time of a step stay as they are.
+
+    python -m experiments.benchmark_long                 20,000 steps on the sample (synthetic)
+
+The run is that of `experiments.mmimdb`, checkpoints included. Writes `long.json`, `long.md` and
+`long.png` into the folder `--out`.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import mmimdb
+from experiments.benchmark_memory import memory
+from experiments.cli import parse
+from experiments.config import open_run, require
+from experiments.errors import exit_cleanly
+from experiments.figures.long import long_run
+from experiments.files import versions, write_json, write_text
+from experiments.run import train
+from experiments.text import markdown_table, number
+
+PARTS = 10  # of the run, which are compared
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A long training run.
+
+    Attributes:
+      steps: at least so many; whole epochs.
+      features: d, the width of the fusion.
+      cache_dir: where the sample is kept; by default ~/.cache/deq_fusion_jax.
+      out: folder of the results; the run itself goes into a new folder in it.
+    """
+
+    steps: int = 20_000
+    features: int = 128
+    cache_dir: Path | None = None
+    out: Path = Path("runs/long")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "1 or more")
+
+
+class Watch:
+    """While entered: [seconds, bytes] of the resident set, and when programs were compiled."""
+
+    def __init__(self, every: float):
+        self.every, self.start = every, time.monotonic()
+        self.memory: list[tuple[float, int]] = []
+        self.compiled: list[float] = []
+        self.over = threading.Event()
+
+    def now(self) -> float:
+        return time.monotonic() - self.start
+
+    def _sample(self) -> None:
+        while not self.over.wait(self.every):
+            self.memory.append((self.now(), memory("VmRSS")))
+
+    def _note(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED and not self.over.is_set():
+            self.compiled.append(self.now())
+
+
+@contextmanager
+def watching(every: float = 0.5) -> Iterator[Watch]:
+    watch = Watch(every)
+    jax.monitoring.register_event_duration_secs_listener(watch._note)
+    thread = threading.Thread(target=watch._sample, daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        watch.over.set()
+        thread.join()
+
+
+def measured(config: Config) -> dict[str, Any]:
+    """Trains, and returns what was seen, by tenths of the run."""
+    run_dir = config.out / time.strftime("run-%Y%m%d-%H%M%S")
+    options = {"features": config.features, "cache_dir": config.cache_dir, "run_dir": run_dir}
+    base = dataclasses.replace(mmimdb.SAMPLE, **options, patience=10**9)  # type: ignore[arg-type]
+    job = mmimdb.job(base)
+    batches = len(job.dataset.train.labels) // base.batch_size
+    epochs = -(-config.steps // batches)
+    job = job._replace(schedule=job.schedule._replace(epochs=epochs))
+    open_run("mmimdb", dataclasses.replace(base, epochs=epochs))
+    with watching() as watch:
+        train(job, base, run_dir)
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {"steps": epochs * batches, "batches": batches, **by_parts(watch, rows)}
+
+
+def by_parts(watch: Watch, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Memory, time of an epoch and compilations in every tenth of the time after the first epoch.
+
+    What is compiled in the second epoch still belongs to the start: the first checkpoint, say.
+    """
+    seconds = np.array([row["seconds"] for row in rows])
+    edges = np.linspace(seconds[2], seconds[-1], PARTS + 1)
+    begun = watch.memory[-1][0] - seconds[-1]  # the watch started before the first epoch
+    when = np.array([t for t, _ in watch.memory]) - begun
+    taken = np.array([size for _, size in watch.memory])
+    compiled = np.array(watch.compiled) - begun
+    epochs = np.diff(seconds)[2:]
+    of_epoch = np.clip(np.searchsorted(edges, seconds[3:]) - 1, 0, PARTS - 1)
+    parts = []
+    for part, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = (when > low) & (when <= high)
+        parts.append(
+            {
+                "memory": float(np.median(taken[inside])) if inside.any() else None,
+                "seconds_per_epoch": median(epochs[of_epoch == part].tolist() or [float("nan")]),
+                "compiled": int(((compiled > low) & (compiled <= high)).sum()),
+            }
+        )
+    return {"parts": parts}
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """long.md."""
+    found, parts = results["found"], results["found"]["parts"]
+    lines = [["tenth of the run", "memory, MB", "ms a step", "programs compiled"]]
+    for i, part in enumerate(parts, 1):
+        ms = 1e3 * part["seconds_per_epoch"] / found["batches"]
+        size = part["memory"]
+        lines.append([str(i), number(size and size / 1e6, 1), number(ms, 2), str(part["compiled"])])
+    first, last = parts[0], parts[-1]
+    growth = last["memory"] / first["memory"] - 1
+    slower = last["seconds_per_epoch"] / first["seconds_per_epoch"] - 1
+    about = (
+        f"{found['steps']:,} steps of `experiments.mmimdb` on its sample (synthetic), d = "
+        f"{results['config']['features']}, evaluations and checkpoints included; medians of each "
+        f"tenth of the time after the second epoch. From the first tenth to the last: memory "
+        f"{growth:+.1%}, time of a step {slower:+.1%}."
+    )
+    device = results["versions"]["device"]
+    title = "# A long run"
+    return "\n".join([title, "", about, "", markdown_table(lines), "", f"On {device}.", ""])
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    return parse(Config(), args, "python -m experiments.benchmark_long")
+
+
+@exit_cleanly()
+def main() -> None:
+    config = parse_args(sys.argv[1:])
+    memory("VmRSS")
+    results = {
+        "config": {"steps": config.steps, "features": config.features},
+        "found": measured(config),
+        "versions": versions(),
+    }
+    write_json(config.out / "long.json", results)
+    text = report(results)
+    write_text(config.out / "long.md", text)
+    long_run(results["found"]).savefig(config.out / "long.png", dpi=150)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
