@@ -4,9 +4,9 @@
     python -m experiments.benchmark_stream --rows 20000 --features 128
 
 MM-IMDB's synthetic sample with more rows, and the model and batch of `experiments.mmimdb`. Each
-contender trains in a process of its own, in turns, a few steps a round. After the first round, which
-is not counted, the one that streams may take no more than LIMIT beyond what it has (RLIMIT_DATA), or
-it dies. Writes `stream.json` and `stream.md`.
+contender trains in a process of its own, in turns, a few steps a round. After the first round,
+which is not counted, the one that streams may take no more than LIMIT beyond what it has
+(RLIMIT_DATA), or it dies. Writes `stream.json` and `stream.md`.
 """
 
 import itertools

@@ -122,15 +122,17 @@ def put(tree: PyTree) -> PyTree:
 
 
 def own_rows(rows: np.ndarray) -> np.ndarray:
-    """Those row numbers of a batch that this process reads."""
-    return np.split(rows, jax.process_count())[jax.process_index()]
+    """Those row numbers of every batch [steps, B] that this process reads."""
+    return np.split(rows, jax.process_count(), axis=1)[jax.process_index()]
 
 
-def put_batch(tree: PyTree) -> PyTree:
-    """A batch over the devices, from each process's own rows of it."""
+def put_batches(tree: PyTree, batch_size: int) -> PyTree:
+    """Arrays [steps, batch_size, …] over the devices, from each process's own rows [rows, …]."""
+    own = batch_size // jax.process_count()
+    tree = jax.tree.map(lambda x: x.reshape(-1, own, *x.shape[1:]), tree)
     if _mesh().empty:
         return jax.device_put(tree)
-    sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH))
+    sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(None, BATCH))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
