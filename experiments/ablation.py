@@ -28,7 +28,7 @@ from experiments import figures
 from experiments.ablation_report import DEEP, ablation_table, spreads
 from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
 from experiments.cli import Parser
-from experiments.config import CommonConfig
+from experiments.config import CommonConfig, require
 from experiments.errors import InputError, exit_cleanly
 from experiments.feed import run_epochs
 from experiments.files import config_to_dict, read_json, versions, write_json, write_text
@@ -123,6 +123,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> str:
     """Trains what is missing, writes the folder, and returns the table."""
     module: Any = importlib.import_module(f"experiments.{options.experiment}")
     base: CommonConfig = module.parse_args(rest)
+    require(base.parallel == "none", "parallel", base.parallel, "none, as one device is measured")
     folder = options.run_dir or Path("runs/ablation") / time.strftime("%Y%m%d-%H%M%S")
     settings = {"experiment": options.experiment, "config": config_to_dict(base)}
     rows = finished(folder / "ablation.json", settings)

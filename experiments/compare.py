@@ -24,7 +24,7 @@ from rich.markdown import Markdown
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.cli import Parser
 from experiments.comparison import comparison_table
-from experiments.config import CommonConfig, check_same_run, saved_config
+from experiments.config import CommonConfig, check_same_run, require, saved_config
 from experiments.errors import InputError, exit_cleanly
 from experiments.evaluate import Results, compare_floors, compare_rows
 from experiments.files import read_json, write_json, write_text
@@ -63,6 +63,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     """Runs what is missing and returns all rows."""
     experiment = importlib.import_module(f"experiments.{options.experiment}")
     base: CommonConfig = experiment.parse_args(rest)
+    alone = base.parallel != "processes"
+    require(alone, "parallel", base.parallel, "none or devices; give processes to single runs")
     choices = {*FUSIONS, *experiment.modalities(base)}
     if unknown := [name for name in options.fusions if name not in choices]:
         raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")

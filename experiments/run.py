@@ -18,12 +18,11 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from deq_fusion_jax import DEQFusion
 from experiments import figures
@@ -34,6 +33,7 @@ from experiments.devices import is_first, mesh_of, say, spread_model
 from experiments.evaluate import Metrics, Results, per_class_f1
 from experiments.files import config_to_dict, plain, write_json, write_text
 from experiments.page import page
+from experiments.progress import Bar
 from experiments.run_report import print_results, report_markdown
 from experiments.stopping import Sigterm, StoppedError
 from experiments.task import Evaluation, Task, evaluate
@@ -164,7 +164,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
     saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
-    with _Bar(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
+    with Bar(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "metrics.jsonl", show)
         how = task, optimiser, data, validation, schedule, seed, saved, report
         watched = None if config.refit else test
@@ -174,7 +174,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
         return fitted, fitted
     say(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
     saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
-    with _Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
+    with Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "refit.jsonl", show)
         what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
         final = refit(*what, test=test, stop=stop)
@@ -192,7 +192,7 @@ def stopping(run_dir: Path) -> Iterator[Callable[[], bool]]:
             raise StoppedError(f"SIGTERM came; {stopped}, and {how}") from None
 
 
-def _recorder(path: Path, show: "_Bar") -> Callable[..., None]:
+def _recorder(path: Path, show: Bar) -> Callable[..., None]:
     """What writes a row of the history to a file and shows it."""
     mode = "w"  # a resumed run hands its old rows over again
 
@@ -222,67 +222,6 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     room = "" if free is None else f", {free / 2**20:.0f} MiB are free"
     say(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
     return dataclasses.replace(task, warm_start=fits)
-
-
-class _Bar:
-    """A bar over the epochs: rate, loss, validation score, share converged and mean steps."""
-
-    def __init__(self, epochs: int, monitor: str | None = None):
-        self.monitor, self.epochs = monitor, epochs
-        columns = (
-            SpinnerColumn(),
-            TextColumn("epoch {task.completed:.4g}/{task.total}"),
-            BarColumn(bar_width=16),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        self.bar = Progress(*columns, disable=not is_first())
-        self.shown = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        self.task = self.bar.add_task("compiling …", total=self.epochs)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        """After an evaluation."""
-        parts = []
-        if row["seconds"]:
-            parts.append(f"{row['epoch'] / row['seconds']:.2f} epoch/s")
-            parts.append(f"loss {row['loss']:.3f}")
-        if self.monitor:  # what validation rows are still worth
-            name, score = self.monitor.replace("_", "-"), row["validation"][self.monitor]
-            parts.append(f"{name} {score:.3f}")
-        if row["solver"]:
-            parts.append(f"converged {row['solver']['converged']:.1%}")
-            parts.append(f"{row['solver']['mean_steps']:.1f} steps")
-        self._show(row["epoch"], [*parts, *self._troubles(row["train"])])
-
-    def part(self, epoch: float, means: Callable[[], dict[str, float]]) -> None:
-        """Within an epoch, once a second: fetching the means waits for the device."""
-        if time.monotonic() < self.shown + 1:
-            return
-        seen = means()
-        parts = [f"loss {seen['loss']:.3f}"]
-        if "converged" in seen:
-            parts.append(f"converged {seen['converged']:.1%}")
-            parts.append(f"{seen['mean_steps']:.1f} steps")
-        self._show(epoch, [*parts, *self._troubles(seen)])
-
-    def _troubles(self, seen: Mapping[str, float]) -> list[str]:
-        troubles = []
-        if seen.get("backward_converged", 1) < 1:
-            troubles.append(f"backward {seen['backward_converged']:.1%}")
-        if seen.get("bad_steps"):
-            troubles.append(f"{seen['bad_steps']:.0f} bad steps")
-        return troubles
-
-    def _show(self, epoch: float, parts: list[str]) -> None:
-        self.shown = time.monotonic()
-        self.bar.update(self.task, completed=epoch, description=", ".join(parts))
 
 
 def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:

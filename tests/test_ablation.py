@@ -169,6 +169,7 @@ def test_the_picture_has_a_point_and_a_bar_for_every_variant():
         (["multiomics", "--seed", "3"], "--seed is set by"),
         (["multiomics", "--parts", "wings"], "invalid choice: 'wings'"),
         (["multiomics", "--nope"], "--nope"),
+        (["multiomics", "--sample", "--parallel", "devices"], "--parallel devices: expected none"),
     ],
 )
 def test_bad_options(main, words, complaint):

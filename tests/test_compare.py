@@ -54,6 +54,9 @@ def main(run_command):
     return partial(run_command, compare.main)
 
 
+PROCESSES = ("--parallel", "processes")
+
+
 class TestTable:
     def test_rows_are_the_results_of_the_runs(self, done):
         written = json.loads((done.folder / "compare.json").read_text())
@@ -142,6 +145,7 @@ class TestBadUsage:
         refuses("--seeds 0: at least 1", *done.args(seeds=0, folder=fresh))
         refuses("seeds", *done.args(seeds="many", folder=fresh))
         refuses("--nope", *done.args("--nope", folder=fresh))
+        refuses("--parallel processes: expected none", *done.args(*PROCESSES, folder=fresh))
         refuses("does not exist", *done.args(data=tmp_path / "nowhere", folder=fresh))
         refuses("nonsense", *done.args(fusions=["nonsense"], folder=fresh))
         assert not fresh.exists()

@@ -11,6 +11,7 @@ import pytest
 from experiments import mmimdb
 from experiments.checkpoint import Checkpoints
 from experiments.datasets.mmimdb_sample import sample_file
+from experiments.devices import mesh_of
 from experiments.feed import Resident, feed, order_of_epoch, run_epochs
 from experiments.step import FAR, init_state
 from experiments.stopping import StoppedError
@@ -59,6 +60,14 @@ def test_from_disk_as_in_memory(case):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), x, y)
     for x, y in zip(*map(jax.tree.leaves, (case.whole.best, resident.best)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_over_eight_devices_as_over_one(case):
+    with mesh_of("devices"):
+        spread = case.fit(case.stream)
+    for x, y in zip(case.whole.history, spread.history, strict=True):
+        assert x["validation_loss"] == pytest.approx(y["validation_loss"], rel=1e-3)
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("asked", "step"), [(1, 4), (2, 5), (3, 9), (5, 14)])
