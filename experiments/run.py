@@ -40,7 +40,7 @@ from experiments.task import Evaluation, Task, evaluate
 from experiments.train import Fitted, Schedule, fit, refit
 from experiments.warm import free_bytes, needed_bytes
 
-SAVE_SECONDS = 10  # between two checkpoints; what a crash may cost
+SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
 
 
