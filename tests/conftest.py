@@ -15,7 +15,7 @@ from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
 
 # Most of the time here goes into compiling what runs once, and half of that into XLA's
-# optimisations. The notebooks, README's code and the commands run with them, as a user's programs.
+# optimisations. README's code and the commands run with them, as a user's programs.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several; the others use the first
 

@@ -365,7 +365,7 @@ def test_weight_tied_has_the_fields_and_the_parameters_of_deq_fusion():
     def defaults(cls):
         return {f.name: f.default for f in dataclasses.fields(cls)}
 
-    own = {"steps", "tol", "remat", "solver", "gradient", "schedule"}
+    own = {"steps", "tol", "remat", "solver", "gradient", "schedule", "batch_axis"}
     theirs, ours = defaults(DEQFusion), defaults(WeightTied)
     assert {k: v for k, v in theirs.items() if k not in own} == {
         k: v for k, v in ours.items() if k not in own

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -123,7 +124,7 @@ class TestFeatures:
         assert status == 0 and results(run_dir)["test"]["micro_f1"] > 0.75
 
     def test_a_learning_rate_beyond_all_bounds_ends_cleanly(self, main, small, tmp_path):
-        """Weights of 1e10, then NaN: training stops, the report says so, the scores are finite."""
+        """Weights of 1e10, then NaN: bad steps change nothing, and the report counts them."""
         run_dir = tmp_path / "run"
         status, _, _ = main(
             "--data-dir", small, "--fusion", "sum", "--run-dir", run_dir,
@@ -132,7 +133,7 @@ class TestFeatures:
         assert status == 0
         assert all(np.isfinite(value) for value in results(run_dir)["test"].values())
         report = (run_dir / "report.md").read_text(encoding="utf-8")
-        assert "the loss was no longer finite" in report
+        assert re.search(r"\d+ steps had no finite gradient, or inputs out of all range", report)
 
 
 class TestRaw:

@@ -114,6 +114,7 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no start-up files of the user's
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half of the time is compilation
     notebook = nbformat.read(path, as_version=4)
     # Not by PYTHONWARNINGS, which would judge the imports of the kernel itself.
     strict = "import warnings\n\nwarnings.simplefilter('error')"
