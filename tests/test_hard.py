@@ -86,12 +86,15 @@ class Faulty(Stream):
         self.spoil, self.spoilt, self.rng = spoil, 0, np.random.default_rng(1)
 
     def batches(self, *args, **options):
-        for batch in super().batches(*args, **options):
-            if self.rng.random() < 0.05:
-                self.spoilt += 1
-                inputs = {name: self.spoil(self.rng, x) for name, x in batch.inputs.items()}
-                batch = batch._replace(inputs=inputs)
-            yield batch
+        """Several batches at a time, as training asks for them."""
+        size = mmimdb.SAMPLE.batch_size
+        for rows in super().batches(*args, **options):
+            for first in range(0, len(rows.labels), size):
+                if self.rng.random() < 0.05:
+                    self.spoilt += 1
+                    for x in rows.inputs.values():
+                        x[first : first + size] = self.spoil(self.rng, x[first : first + size])
+            yield rows
 
 
 SPOILERS = {
