@@ -125,7 +125,7 @@ def macro_f1(run):
 
 @pytest.mark.slow
 def test_one_batch_in_twenty_corrupted(sample):
-    """The spoilt ones change nothing, and the others come within two points, as a mean of four runs.
+    """The spoilt ones change nothing; the others come within two points, as a mean of four runs.
 
     A single run is that far from another of the same length: its steps are not the same.
     """
