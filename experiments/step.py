@@ -158,7 +158,8 @@ def train_step(
     variables = unless_bad(variables, state.variables)
     average = state.average
     if average is not None:
-        average = optax.incremental_update(variables.params, average, 1 - task.average)
+        mean = optax.incremental_update(variables.params, average, 1 - task.average)
+        average = unless_bad(mean, average)
     warm = state.warm
     if warm is not None and rows is not None:
         warm = put_rows(warm, rows, unless_bad(Warm(rest, adjoint), start))

@@ -312,6 +312,13 @@ class TestStopping:
 
 
 class TestAverage:
+    def test_a_bad_step_leaves_it_as_it_is(self):
+        """One good step leads from 1 to 4e10, where w⁴ overflows; the mean with decay ½ is 2e10."""
+        schedule = Schedule(4, 4, bad_steps=9)
+        fitted = fit_line(lambda w: w, schedule, rate=1e10, power=4, start=1.0, average=0.5)
+        assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [0, 1, 1, 1]
+        assert weight(fitted.last.learned) == pytest.approx(2e10)
+
     def test_the_running_mean_is_what_is_evaluated_and_kept(self):
         """w is t after t steps, so that its mean with decay ½ is t - 1 + 2⁻ᵗ."""
         fitted = fit_line(lambda w: w, Schedule(4, 4), average=0.5)
