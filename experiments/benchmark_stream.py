@@ -10,13 +10,13 @@ which is not counted, the one that streams may take no more than LIMIT beyond wh
 """
 
 import itertools
-import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,6 @@ import jax
 import numpy as np
 
 from experiments import mmimdb
-from experiments.benchmark_memory import memory
 from experiments.benchmark_timing import Contender, interleaved
 from experiments.cli import parse
 from experiments.config import require
@@ -34,6 +33,7 @@ from experiments.datasets.prepared import cache_root
 from experiments.errors import InputError, exit_cleanly
 from experiments.feed import Resident, feed, order_of_epoch, scan_steps
 from experiments.files import versions, write_json, write_text
+from experiments.memory import memory
 from experiments.run import Job
 from experiments.step import init_state
 from experiments.text import markdown_table, number
@@ -106,18 +106,18 @@ def rounds_of(config: Config, stream: bool) -> Iterator[None]:
         yield
 
 
-def train(config: Config, stream: bool) -> None:
-    """A round for every line of standard input, answered by the memory that it has taken."""
+def train(config: Config, stream: bool, asked: Connection) -> None:
+    """Trains a round for every True it receives, and sends the memory that it has taken."""
     before = memory("VmRSS")
     rounds = rounds_of(config, stream)
     limited = False
-    for _ in sys.stdin:
+    while asked.recv():
         next(rounds)
         if stream and not limited:  # the model is there, and its programs
             most = memory("VmData") + LIMIT
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
             limited = True
-        print(json.dumps({"before": before, "peak": memory("VmHWM")}), flush=True)
+        asked.send({"before": before, "peak": memory("VmHWM")})
 
 
 # --- the benchmark -----------------------------------------------------------------------------
@@ -127,32 +127,24 @@ class Trainer:
     """A process that trains a round when called."""
 
     def __init__(self, config: Config, stream: bool):
-        code = "from experiments.benchmark_stream import *; train(Config(**{!r}), {!r})"
-        options = asdict(config)
-        words = ["from pathlib import *", code.format(options, stream)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "; ".join(words).replace("PosixPath", "Path")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        context = multiprocessing.get_context("spawn")
+        self.pipe, asked = context.Pipe()
+        self.process = context.Process(target=train, args=(config, stream, asked), daemon=True)
+        self.process.start()
+        asked.close()  # the process's end of it, so that its death is seen here
         self.seen: dict[str, int] = {}
 
     def __call__(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        while line and not line.startswith("{"):
-            line = self.process.stdout.readline()
-        if not line:
-            raise InputError("a training process has ended; what it printed is above")
-        self.seen = json.loads(line)
+        self.pipe.send(True)
+        try:
+            self.seen = self.pipe.recv()
+        except EOFError:
+            raise InputError("a training process has ended; what it printed is above") from None
 
     def end(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        if self.process.is_alive():
+            self.pipe.send(False)
+        self.process.join()
 
 
 def compared(config: Config) -> dict[str, Any]:

@@ -57,6 +57,13 @@ def _join_processes() -> None:
             "--parallel processes: no launcher that JAX knows (SLURM, Open MPI, Kubernetes, TPU "
             f"pod) has started this process ({error}); start it with one, or use --parallel devices"
         ) from error
+    # The end of the first process kills the others before Python can speak, so this comes early.
+    print(
+        f"Process {jax.process_index()} of {jax.process_count()} has joined. If another one is "
+        'lost, this one ends too (JAX may say "another task died"); start all processes again '
+        "with --resume.",
+        file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager
@@ -173,11 +180,12 @@ def say(text: str) -> None:
         print(text)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all have to ask."""
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag whether it is set in any process; all have to ask."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return list(flags)
+    of_each = multihost_utils.process_allgather(np.asarray(flags))
+    return np.any(of_each, axis=0).tolist()
 
 
 def wait_for_all(name: str) -> None:

@@ -113,19 +113,7 @@ def fit(
         return _means(sums)
 
     def evaluate_now(epoch: int) -> dict[str, Any]:
-        result = evaluate(task, state.learned, validation)
-        means = means_now()
-        watched = {"test": evaluate(task, state.learned, test).metrics} if test else {}
-        return {
-            "epoch": epoch,
-            "loss": means.get("loss"),
-            "validation_loss": result.loss,
-            "validation": result.metrics,
-            "solver": _floats(solver_means(result.stats)) or None,
-            "train": means,
-            "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
-            **watched,
-        }
+        return {"epoch": epoch} | _row(task, state.learned, validation, test, means_now())
 
     def save(seconds: float) -> None:
         if checkpoints:
@@ -135,8 +123,8 @@ def fit(
 
     def asked() -> tuple[bool, bool]:
         """Whether to save, and whether to stop then."""
-        stopped = any_process(stop())
-        return stopped or any_process(bool(checkpoints and checkpoints.due())), stopped
+        due, stopped = any_process(bool(checkpoints and checkpoints.due()), stop())
+        return due or stopped, stopped
 
     if not history:
         history.append(evaluate_now(0) | {"seconds": 0.0})
@@ -192,6 +180,23 @@ def refit(
     options["keep"] = chosen.best_epoch
     again = fit(task, optimiser, everyone, dataset.validation, schedule, *args, **options)
     return again if again.best_epoch == chosen.best_epoch else chosen
+
+
+def _row(
+    task: Task, learned: Variables, validation: Split, test: Split | None, means: dict[str, float]
+) -> dict[str, Any]:
+    """What an evaluation adds to the history."""
+    result = evaluate(task, learned, validation)
+    watched = {"test": evaluate(task, learned, test).metrics} if test else {}
+    return {
+        "loss": means.get("loss"),
+        "validation_loss": result.loss,
+        "validation": result.metrics,
+        "solver": _floats(solver_means(result.stats)) or None,
+        "train": means,
+        "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
+        **watched,
+    }
 
 
 def _is_chosen(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from identical import bits
 
 from experiments.checkpoint import Checkpoints
 from experiments.errors import InputError
@@ -45,12 +46,6 @@ def blank(state):
         return x * 0
 
     return jax.tree.map(zero, state)
-
-
-def bits(x):
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x).tobytes()
 
 
 def assert_identical(a, b):

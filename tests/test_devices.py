@@ -292,6 +292,15 @@ def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command)
     assert line.startswith("error: process 0 of 2 cannot go on: another one has ended")
     assert "Traceback" not in err and "start all processes again with --resume" in line
 
+    stopped = len(history(metrics))
+    with Pair(tmp_path, "--resume") as pair:
+        pair.wait_for_row(metrics, stopped + 3)
+        pair.processes[0].kill()
+        _, err = pair.processes[1].communicate(timeout=60)
+    assert pair.processes[1].returncode not in (0, None)
+    assert err.startswith("Process 1 of 2 has joined. If another one is lost, this one ends too")
+    assert "another task died" in err or "another one has ended" in err
+
     from experiments import features
 
     run_dir = tmp_path / "alone"

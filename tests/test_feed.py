@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from identical import bits, timeless
 
 from experiments import mmimdb
 from experiments.checkpoint import Checkpoints
@@ -39,18 +40,6 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case(tmp_path_factory.mktemp("feed"))
-
-
-def bits(tree):
-    def words(x):
-        key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if key else x).tobytes()
-
-    return [words(x) for x in jax.tree.leaves(tree)]
-
-
-def timeless(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 def test_from_disk_as_in_memory(case):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
+from identical import bits, timeless
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
@@ -87,18 +88,6 @@ def fit_line(score, schedule, rate=1.0, checkpoints=None, **options):
 
 def weight(variables):
     return float(variables.params["w"][0])
-
-
-def bits(tree):
-    def words(x):
-        key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if key else x).tobytes()
-
-    return [words(x) for x in jax.tree.leaves(tree)]
-
-
-def timeless(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 class Deq:
