@@ -107,11 +107,20 @@ SPOILERS = {
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The sample's own settings, its rows on disk, and the score of a clean run."""
+    """The sample's own settings, its rows on disk, and 100 epochs: after 40 it still learns, and
+    one in twenty of them less is a point.
+    """
     home = tmp_path_factory.mktemp("sample")
-    config = dataclasses.replace(mmimdb.SAMPLE, stream=True, cache_dir=home)
-    job = mmimdb.job(config)
-    return job, macro_f1(fitted(job, job.dataset.stream))
+    config = dataclasses.replace(mmimdb.SAMPLE, stream=True, cache_dir=home, epochs=100)
+    jax.config.update("jax_disable_most_optimizations", False)  # what runs long pays for them
+    yield mmimdb.job(dataclasses.replace(config, patience=100))
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def clean(sample):
+    """The score of a clean run."""
+    return macro_f1(fitted(sample, sample.dataset.stream))
 
 
 def fitted(job, rows):
@@ -124,29 +133,21 @@ def macro_f1(run):
 
 
 @pytest.mark.slow
-def test_one_batch_in_twenty_corrupted(sample):
-    """The spoilt ones change nothing; the others come within two points, as a mean of four runs.
-
-    A single run is that far from another of the same length: its steps are not the same.
-    """
-    job, clean = sample
-    scores = {}
-    for spoiler, spoil in SPOILERS.items():
-        rows = Faulty(job.dataset.stream, spoil)
-        run = fitted(job, rows)
-        bad = sum(row["train"].get("bad_steps", 0) for row in run.history)
-        scores[spoiler] = macro_f1(run)
-        assert bad == rows.spoilt > 20, spoiler
-    print(f"validation macro-F1 {scores}, clean {clean:.3f}")
-    assert np.mean(list(scores.values())) > clean - 0.02
+@pytest.mark.parametrize("spoiler", SPOILERS)
+def test_one_batch_in_twenty_corrupted(sample, clean, spoiler):
+    rows = Faulty(sample.dataset.stream, SPOILERS[spoiler])
+    run = fitted(sample, rows)
+    bad = sum(row["train"].get("bad_steps", 0) for row in run.history)
+    print(f"{spoiler}: validation macro-F1 {macro_f1(run):.3f}, clean {clean:.3f}")
+    assert bad == rows.spoilt > 50  # they change nothing
+    assert macro_f1(run) > clean - 0.02
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [100, 1000])
 def test_a_learning_rate_far_too_high(sample, factor):
-    job, _ = sample
     config = dataclasses.replace(mmimdb.SAMPLE, learning_rate=factor * 1e-3)
-    job = job._replace(optimiser=mmimdb.optimiser(config))
+    job = sample._replace(optimiser=mmimdb.optimiser(config))
     job = job._replace(schedule=job.schedule._replace(epochs=5))
     run = fitted(job, job.dataset.stream)
     assert finite(run.last.variables) and run.ending == "all 5 epochs are done"
@@ -155,7 +156,6 @@ def test_a_learning_rate_far_too_high(sample, factor):
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [30, 1e6])
 def test_weights_with_which_nothing_converges(sample, monkeypatch, factor):
-    job, _ = sample
     begin = train.init_state
 
     def wild(*args):
@@ -165,6 +165,6 @@ def test_weights_with_which_nothing_converges(sample, monkeypatch, factor):
         return state._replace(variables=state.variables._replace(params=params))
 
     monkeypatch.setattr(train, "init_state", wild)
-    run = fitted(job, job.dataset.stream)
+    run = fitted(sample, sample.dataset.stream)
     assert finite(run.last.variables) and run.history[-1]["solver"]["converged"] < 0.1
     assert run.ending.startswith("the last 1") and "steps were bad" in run.ending
