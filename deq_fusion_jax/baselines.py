@@ -22,7 +22,7 @@ from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.solvers import relative_residual
+from deq_fusion_jax.per_sample import relative_residual
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from deq_fusion_jax.injection import Injection, Modalities
 from deq_fusion_jax.layers import GroupNorm, dense
-from deq_fusion_jax.solvers import Map
+from deq_fusion_jax.state import Map
 
 
 class FusionState(NamedTuple):

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.solvers import Map
-from deq_fusion_jax.state import PyTree, ravel, unraveler
+from deq_fusion_jax.state import Map, PyTree, ravel, unraveler
 
 
 def jacobian_penalty(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
-from deq_fusion_jax.solvers import Anderson, Map, Solver, as_solver
-from deq_fusion_jax.state import PyTree, check_state, describe, kind, varying
+from deq_fusion_jax.solvers import Anderson, Solver, as_solver
+from deq_fusion_jax.state import Map, PyTree, check_state, describe, kind, varying
 from deq_fusion_jax.stats import SolveStats
 
 

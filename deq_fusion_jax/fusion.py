@@ -15,7 +15,8 @@ from deq_fusion_jax.diagnostics import jacobian_penalty, spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
-from deq_fusion_jax.solvers import Anderson, Map, Solver
+from deq_fusion_jax.solvers import Anderson, Solver
+from deq_fusion_jax.state import Map
 from deq_fusion_jax.stats import SolveStats, in_parts
 
 Solve = Callable[..., tuple[Any, SolveStats]]

@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.solvers import Anderson, Map, Solver
-from deq_fusion_jax.state import PyTree, ravel, working_dtype
+from deq_fusion_jax.solvers import Anderson, Solver
+from deq_fusion_jax.state import Map, PyTree, ravel, working_dtype
 
 
 class GradientRule(Protocol):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+Map = Callable[..., PyTree]  # f(z, *args)
 
 
 def describe(tree: PyTree) -> str:

@@ -28,7 +28,7 @@ from experiments.config import open_run, require
 from experiments.errors import exit_cleanly
 from experiments.figures.long import long_run
 from experiments.files import versions, write_json, write_text
-from experiments.memory import memory, one_arena
+from experiments.memory import memory
 from experiments.run import train
 from experiments.text import markdown_table, number
 
@@ -92,7 +92,6 @@ def watching(every: float = 0.5) -> Iterator[Watch]:
 
 def measured(config: Config) -> dict[str, Any]:
     """Trains, and returns what was seen, by tenths of the run."""
-    one_arena()
     run_dir = config.out / time.strftime("run-%Y%m%d-%H%M%S")
     options = {"features": config.features, "cache_dir": config.cache_dir, "run_dir": run_dir}
     base = dataclasses.replace(mmimdb.SAMPLE, **options, patience=10**9)  # type: ignore[arg-type]

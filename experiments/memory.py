@@ -1,12 +1,10 @@
-"""The memory of this process: what it takes, and how its allocator shares it out."""
+"""The memory of this process: what it takes, and giving back what is free."""
 
 import ctypes
 import sys
 from pathlib import Path
 
 from experiments.errors import InputError
-
-M_ARENA_MAX = -8  # of <malloc.h>
 
 
 def memory(name: str) -> int:
@@ -21,14 +19,13 @@ def memory(name: str) -> int:
     )
 
 
-def one_arena() -> None:
-    """Has glibc's allocator serve all threads from one arena; elsewhere nothing.
+def hand_back() -> None:
+    """Has glibc's allocator return to the system what is free (some 20 ms); elsewhere nothing.
 
-    XLA on a CPU allocates what a step needs anew, on whichever thread comes. Left with an arena for
-    each, the allocator scatters that over all of them and memory grows for hours. Arenas that are
-    there already stay, so call this before the threads are started.
+    XLA on a CPU allocates what a step needs anew, on whichever thread comes. The allocator keeps an
+    arena for each thread and scatters that over all of them, so that memory grows for hours.
     """
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            mallopt(M_ARENA_MAX, 1)
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if malloc_trim:
+            malloc_trim(0)

@@ -32,7 +32,6 @@ from experiments.datasets import Dataset
 from experiments.devices import is_first, mesh_of, say, spread_model
 from experiments.evaluate import Metrics, Results, per_class_f1
 from experiments.files import config_to_dict, plain, write_json, write_text
-from experiments.memory import one_arena
 from experiments.page import page
 from experiments.progress import Bar
 from experiments.run_report import print_results, report_markdown
@@ -70,7 +69,6 @@ class Job(NamedTuple):
 def execute(job: Job, config: CommonConfig) -> Results:
     """Trains, evaluates the best epoch once on the test split, and writes the run directory."""
     started = time.monotonic()
-    one_arena()
     with mesh_of(config.parallel):
         run_dir = open_run(job.experiment, config)
         if config.warm_start:

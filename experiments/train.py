@@ -15,6 +15,7 @@ from experiments.datasets.preprocess import join
 from experiments.datasets.stream import Stream
 from experiments.devices import any_process, put, share_of
 from experiments.feed import Seen, feed
+from experiments.memory import hand_back
 from experiments.step import TrainState, copied, init_state
 from experiments.stopping import StoppedError
 from experiments.task import Task, Variables, evaluate, solver_means
@@ -120,6 +121,7 @@ def fit(
             metadata = {"history": history, "best_epoch": best_epoch}
             metadata |= {"sums": _floats(sums), "seconds": seconds}
             checkpoints.save(step, {"state": state, "best": best}, metadata)
+            hand_back()
 
     def asked() -> tuple[bool, bool]:
         """Whether to save, and whether to stop then."""
