@@ -28,7 +28,7 @@ from experiments.config import open_run, require
 from experiments.errors import exit_cleanly
 from experiments.figures.long import long_run
 from experiments.files import versions, write_json, write_text
-from experiments.memory import memory
+from experiments.memory import in_use, memory
 from experiments.run import train
 from experiments.text import markdown_table, number
 
@@ -57,11 +57,11 @@ class Config:
 
 
 class Watch:
-    """While entered: [seconds, bytes] of the resident set, and when programs were compiled."""
+    """[seconds, bytes of the resident set, bytes in use], and when programs were compiled."""
 
     def __init__(self, every: float):
         self.every, self.start = every, time.monotonic()
-        self.memory: list[tuple[float, int]] = []
+        self.memory: list[tuple[float, int, int]] = []
         self.compiled: list[float] = []
         self.over = threading.Event()
 
@@ -70,7 +70,7 @@ class Watch:
 
     def _sample(self) -> None:
         while not self.over.wait(self.every):
-            self.memory.append((self.now(), memory("VmRSS")))
+            self.memory.append((self.now(), memory("VmRSS"), in_use()))
 
     def _note(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED and not self.over.is_set():
@@ -115,8 +115,8 @@ def by_parts(watch: Watch, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     seconds = np.array([row["seconds"] for row in rows])
     edges = np.linspace(seconds[2], seconds[-1], PARTS + 1)
     begun = watch.memory[-1][0] - seconds[-1]  # the watch started before the first epoch
-    when = np.array([t for t, _ in watch.memory]) - begun
-    taken = np.array([size for _, size in watch.memory])
+    when, resident, used = np.array(watch.memory).T
+    when = when - begun
     compiled = np.array(watch.compiled) - begun
     epochs = np.diff(seconds)[2:]
     of_epoch = np.clip(np.searchsorted(edges, seconds[3:]) - 1, 0, PARTS - 1)
@@ -125,7 +125,8 @@ def by_parts(watch: Watch, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         inside = (when > low) & (when <= high)
         parts.append(
             {
-                "memory": float(np.median(taken[inside])) if inside.any() else None,
+                "resident": float(np.median(resident[inside])) if inside.any() else None,
+                "in_use": float(np.median(used[inside])) if inside.any() else None,
                 "seconds_per_epoch": median(epochs[of_epoch == part].tolist() or [float("nan")]),
                 "compiled": int(((compiled > low) & (compiled <= high)).sum()),
             }
@@ -136,19 +137,22 @@ def by_parts(watch: Watch, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def report(results: Mapping[str, Any]) -> str:
     """long.md."""
     found, parts = results["found"], results["found"]["parts"]
-    lines = [["tenth of the run", "memory, MB", "ms a step", "programs compiled"]]
+    header = ["tenth of the run", "in use, MB", "resident, MB", "ms a step", "programs compiled"]
+    lines = [header]
     for i, part in enumerate(parts, 1):
         ms = 1e3 * part["seconds_per_epoch"] / found["batches"]
-        size = part["memory"]
-        lines.append([str(i), number(size and size / 1e6, 1), number(ms, 2), str(part["compiled"])])
-    first, last = parts[0], parts[-1]
-    growth = last["memory"] / first["memory"] - 1
-    slower = last["seconds_per_epoch"] / first["seconds_per_epoch"] - 1
+        sizes = [number(part[kind] and part[kind] / 1e6, 1) for kind in ("in_use", "resident")]
+        lines.append([str(i), *sizes, number(ms, 2), str(part["compiled"])])
+
+    def change(key: str) -> float:
+        return parts[-1][key] / parts[0][key] - 1
+
     about = (
         f"{found['steps']:,} steps of `experiments.mmimdb` on its sample (synthetic), d = "
         f"{results['config']['features']}, evaluations and checkpoints included; medians of each "
-        f"tenth of the time after the second epoch. From the first tenth to the last: memory "
-        f"{growth:+.1%}, time of a step {slower:+.1%}."
+        f"tenth of the time after the second epoch. From the first tenth to the last: memory in "
+        f"use {change('in_use'):+.1%}, resident {change('resident'):+.1%}, time of a step "
+        f"{change('seconds_per_epoch'):+.1%}."
     )
     device = results["versions"]["device"]
     title = "# A long run"
@@ -162,7 +166,7 @@ def parse_args(args: Sequence[str]) -> Config:
 @exit_cleanly()
 def main() -> None:
     config = parse_args(sys.argv[1:])
-    memory("VmRSS")
+    memory("VmRSS"), in_use()  # or why there is none, before all the work
     results = {
         "config": {"steps": config.steps, "features": config.features},
         "found": measured(config),

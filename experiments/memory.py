@@ -1,10 +1,20 @@
-"""The memory of this process: what it takes, and giving back what is free."""
+"""The memory of this process: what it takes, what of that is in use, and giving back the rest."""
 
 import ctypes
 import sys
 from pathlib import Path
 
 from experiments.errors import InputError
+
+
+class _Mallinfo2(ctypes.Structure):
+    """Of glibc's <malloc.h>, from 2.33 on: sums over all arenas, in bytes."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks")),
+        ("keepcost", ctypes.c_size_t),
+    ]
 
 
 def memory(name: str) -> int:
@@ -17,6 +27,16 @@ def memory(name: str) -> int:
         for line in status.read_text().splitlines()
         if line.startswith(f"{name}:")
     )
+
+
+def in_use() -> int:
+    """Bytes that were allocated and not freed; the process may have more from the system."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        raise InputError("this benchmark asks the allocator of glibc 2.33 or newer; run it there")
+    mallinfo2.restype = _Mallinfo2
+    found = mallinfo2()
+    return found.uordblks + found.hblkhd
 
 
 def hand_back() -> None:
