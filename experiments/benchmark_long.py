@@ -41,7 +41,7 @@ class Config:
     """A long training run.
 
     Attributes:
-      steps: at least so many; whole epochs.
+      steps: at least so many, in whole epochs, which are 22 at least: two each to compare.
       features: d, the width of the fusion.
       cache_dir: where the sample is kept; by default ~/.cache/deq_fusion_jax.
       out: folder of the results; the run itself goes into a new folder in it.
@@ -97,7 +97,7 @@ def measured(config: Config) -> dict[str, Any]:
     base = dataclasses.replace(mmimdb.SAMPLE, **options, patience=10**9)  # type: ignore[arg-type]
     job = mmimdb.job(base)
     batches = len(job.dataset.train.labels) // base.batch_size
-    epochs = -(-config.steps // batches)
+    epochs = max(-(-config.steps // batches), 2 * PARTS + 2)
     job = job._replace(schedule=job.schedule._replace(epochs=epochs))
     open_run("mmimdb", dataclasses.replace(base, epochs=epochs))
     with watching() as watch:
