@@ -15,7 +15,7 @@ def test_what_is_allocated_is_in_use_and_what_is_written_resident():
     used, resident = in_use(), memory("VmRSS")
     large, small = np.ones(50 * MB, np.uint8), [bytearray(1000) for _ in range(50_000)]
     assert in_use() - used == pytest.approx(100 * MB, abs=10 * MB)
-    assert memory("VmRSS") - resident == pytest.approx(100 * MB, abs=10 * MB)
+    assert memory("VmRSS") - resident > 40 * MB  # small ones may lie where memory was free
     kept = small[-1]  # nothing below it can be cut off
     del large, small
     assert in_use() - used == pytest.approx(0, abs=10 * MB)
