@@ -178,12 +178,13 @@ def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def row_norm(x: jax.Array) -> jax.Array:
+    """‖x_b‖ [B] of the rows of x [B, N]."""
     return jnp.sqrt(jnp.sum(x * x, axis=1))
 
 
 @dataclass(frozen=True)
 class PerSample:
-    """Options that every solver of this file has, and the solve itself.
+    """Options that Picard, Anderson and Broyden have, and the solve itself.
 
     Attributes:
       tol: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a sample is done.

@@ -57,7 +57,7 @@ class Config:
 
 
 class Watch:
-    """[seconds, bytes of the resident set, bytes in use], and when programs were compiled."""
+    """While `watching`: seconds, resident bytes, bytes in use; and when programs were compiled."""
 
     def __init__(self, every: float):
         self.every, self.start = every, time.monotonic()
