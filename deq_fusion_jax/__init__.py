@@ -17,6 +17,8 @@ from deq_fusion_jax.gradients import Adjoint, Implicit, Phantom, Unrolled
 from deq_fusion_jax.solvers import Anderson, Broyden, Picard
 from deq_fusion_jax.stats import ConvergenceError, SolveStats
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adjoint",
     "Anderson",

@@ -9,7 +9,6 @@ seed, `ablation.md` and `ablation.png`; with the same `--run-dir` a run that was
 
 import argparse
 import dataclasses
-import importlib
 import statistics
 import sys
 import time
@@ -24,17 +23,17 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from deq_fusion_jax.baselines import WeightTied
-from experiments import figures
-from experiments.ablation_report import DEEP, ablation_table, spreads
-from experiments.ablation_variants import REFERENCE, VARIANTS, Variant
-from experiments.cli import Parser
-from experiments.config import CommonConfig, require
-from experiments.errors import InputError, exit_cleanly
-from experiments.feed import run_epochs
-from experiments.files import config_to_dict, read_json, versions, write_json, write_text
-from experiments.run import Job
-from experiments.task import Task, Variables, evaluate
-from experiments.train import Fitted, fit, refit
+from experiments.common.cli import Parser
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import config_to_dict, read_json, versions, write_json, write_text
+from experiments.models.variants import REFERENCE, VARIANTS, Variant
+from experiments.reporting import figures
+from experiments.reporting.ablation import DEEP, ablation_table, spreads
+from experiments.run import Job, experiment
+from experiments.training.config import CommonConfig, require
+from experiments.training.feed import run_epochs
+from experiments.training.task import Task, Variables, evaluate
+from experiments.training.train import Fitted, fit, refit
 
 EXPERIMENTS = ("multiomics", "features")
 
@@ -121,7 +120,7 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run(options: argparse.Namespace, rest: list[str]) -> str:
     """Trains what is missing, writes the folder, and returns the table."""
-    module: Any = importlib.import_module(f"experiments.{options.experiment}")
+    module = experiment(options.experiment)
     base: CommonConfig = module.parse_args(rest)
     require(base.parallel == "none", "parallel", base.parallel, "none, as one device is measured")
     folder = options.run_dir or Path("runs/ablation") / time.strftime("%Y%m%d-%H%M%S")

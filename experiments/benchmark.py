@@ -17,7 +17,6 @@ PyTorch, torchdeq and optimistix come with the extra `bench`; their rows are lef
 
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,16 +32,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 
-from experiments.benchmark_problem import EPSILON, Problem, Shape, make_problem, norm, reaches
-from experiments.benchmark_profile import profiled
-from experiments.benchmark_report import fits, tables
-from experiments.benchmark_timing import Contender, timings
-from experiments.benchmark_training import LESSONS, Lesson, our_learner, taught
-from experiments.cli import parse
-from experiments.contenders import floor, jax_contenders, ours, unrolled
-from experiments.errors import InputError, exit_cleanly
-from experiments.figures.benchmark import figures
-from experiments.files import config_to_dict, versions, write_json, write_text
+from experiments.benchmarks.contenders import floor, jax_contenders, ours, unrolled
+from experiments.benchmarks.figures import figures
+from experiments.benchmarks.problem import EPSILON, Problem, Shape, make_problem, norm, reaches
+from experiments.benchmarks.profile import profiled
+from experiments.benchmarks.tables import fits, tables
+from experiments.benchmarks.timing import Contender, timings
+from experiments.benchmarks.training import LESSONS, Lesson, our_learner, taught
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import config_to_dict, processor, versions, write_json, write_text
 
 Row = dict[str, Any]
 Case = Callable[[], list[Row]]
@@ -108,7 +107,7 @@ def layer(config: Config) -> list[Case]:
         problem = make_problem(shape, config.seed)
         contenders = jax_contenders(problem, tol)
         if not missing("torch", "torchdeq"):
-            from experiments.contenders_torch import torch_contenders
+            from experiments.benchmarks.contenders_torch import torch_contenders
 
             contenders += torch_contenders(problem, tol)
         evaluations = (contenders[0].forward or 0) + (contenders[0].backward or 0)
@@ -126,7 +125,7 @@ def training(config: Config) -> list[Case]:
         schedules = product(("joint", "staged"), (False, True))
         learners = [our_learner(lesson, tol, config.seed, *options) for options in schedules]
         if not missing("torch", "torchdeq"):
-            from experiments.contenders_torch import torch_learner
+            from experiments.benchmarks.contenders_torch import torch_learner
 
             learners.append(torch_learner(lesson, tol, config.seed))
         return taught(lesson, learners, config.rounds)
@@ -240,14 +239,6 @@ def machine() -> dict[str, str]:
     peers = ("torch", "torchdeq", "optimistix", "lineax")
     found = {package: metadata.version(package) for package in peers if not missing(package)}
     return {**about, **versions(), **found}
-
-
-def processor() -> str:
-    """The model of the CPU, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -11,7 +11,6 @@ there already, finished, are taken as they are; unfinished ones are resumed.
 
 import argparse
 import dataclasses
-import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -22,14 +21,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from deq_fusion_jax.baselines import FUSIONS
-from experiments.cli import Parser
-from experiments.comparison import comparison_table
-from experiments.config import CommonConfig, check_same_run, require, saved_config
-from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import Results, compare_floors, compare_rows
-from experiments.files import read_json, write_json, write_text
-
-EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
+from experiments.common.cli import Parser
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import read_json, write_json, write_text
+from experiments.reporting.comparison import comparison_table
+from experiments.run import EXPERIMENTS, experiment
+from experiments.training.config import CommonConfig, check_same_run, require, saved_config
+from experiments.training.metrics import Results, compare_floors, compare_rows
 
 
 def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -61,11 +59,11 @@ def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     """Runs what is missing and returns all rows."""
-    experiment = importlib.import_module(f"experiments.{options.experiment}")
-    base: CommonConfig = experiment.parse_args(rest)
+    chosen = experiment(options.experiment)
+    base: CommonConfig = chosen.parse_args(rest)
     alone = base.parallel != "processes"
     require(alone, "parallel", base.parallel, "none or devices; give processes to single runs")
-    choices = {*FUSIONS, *experiment.modalities(base)}
+    choices = {*FUSIONS, *chosen.modalities(base)}
     if unknown := [name for name in options.fusions if name not in choices]:
         raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")
     folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
@@ -80,7 +78,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
                 run_dir=run_dir,
                 resume=(run_dir / "config.json").exists(),
             )
-            rows.append(finished(options.experiment, config, run_dir) or experiment.run(config))
+            rows.append(finished(options.experiment, config, run_dir) or chosen.run(config))
         jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
     groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
     write_json(folder / "compare.json", {"rows": rows, **groups})

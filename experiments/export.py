@@ -7,7 +7,6 @@ and so can anything that has JAX: none of the project's code is needed.
 """
 
 import dataclasses
-import importlib
 import json
 import shlex
 import sys
@@ -22,15 +21,14 @@ import numpy as np
 import tyro
 from jax import export as jax_export
 
-from experiments.checkpoint import Checkpoints
-from experiments.cli import parse
-from experiments.compare import EXPERIMENTS
-from experiments.config import saved_config
-from experiments.errors import InputError, exit_cleanly
-from experiments.files import read_json, versions
-from experiments.run import Job
-from experiments.step import init_state
-from experiments.task import Variables, evaluate
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import read_json, versions
+from experiments.run import EXPERIMENTS, Job, experiment
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.config import saved_config
+from experiments.training.step import init_state
+from experiments.training.task import Variables, evaluate
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -64,11 +62,11 @@ def run_again(run_dir: Path) -> tuple[Job, Any]:
         raise InputError(f"{run_dir} holds no finished run; give the directory of one")
     if saved.get("experiment") not in EXPERIMENTS:
         raise InputError(f"{run_dir} holds a run of {saved.get('experiment')!r}, not of ours")
-    experiment: Any = importlib.import_module(f"experiments.{saved['experiment']}")
-    config = experiment.parse_args(shlex.split(saved["command"])[3:])
+    chosen = experiment(saved["experiment"])
+    config = chosen.parse_args(shlex.split(saved["command"])[3:])
     if config.__dict__.get("data_sha256", "") != saved["config"].get("data_sha256", ""):
         raise InputError(f"the data have changed since {run_dir} was trained; bring them back")
-    return experiment.job(config), config
+    return chosen.job(config), config
 
 
 def restored(job: Job, config: Any, run_dir: Path) -> Variables:

@@ -25,18 +25,18 @@ import optax
 import tyro
 
 from deq_fusion_jax.baselines import FUSIONS
-from experiments.cli import parse
-from experiments.config import CommonConfig, FusionChange, build_fusion, require, unchanged
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import RARE, Kind, Table, read, rows_by_class, sha256, strata
 from experiments.datasets.preprocess import draw_split, moments, scaled
-from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import Results
-from experiments.missing import ModalityDropout, presence
+from experiments.models.missing import ModalityDropout, presence
+from experiments.models.targets import TARGETS, floors
 from experiments.run import Job, execute
-from experiments.targets import TARGETS, floors
-from experiments.task import Prediction, Task
-from experiments.train import Schedule
+from experiments.training.config import CommonConfig, FusionChange, build_fusion, require, unchanged
+from experiments.training.metrics import Results
+from experiments.training.task import Prediction, Task
+from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

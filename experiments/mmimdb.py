@@ -22,16 +22,16 @@ import numpy as np
 import optax
 from flax.core import FrozenDict
 
-from experiments.cli import parse
-from experiments.config import PublishedConfig, build_fusion, require
+from experiments.common.cli import parse
+from experiments.common.errors import exit_cleanly
 from experiments.datasets import Dataset, mmimdb
 from experiments.datasets.text import tokenised
-from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
-from experiments.errors import exit_cleanly
-from experiments.evaluate import Results, frequent_labels_floor, multilabel_metrics
+from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task, sigmoid
-from experiments.train import Schedule
+from experiments.training.config import PublishedConfig, build_fusion, require
+from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
+from experiments.training.task import Prediction, Task, sigmoid
+from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,26 +28,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.cli import parse
-from experiments.config import PublishedConfig, build_fusion, require
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import Dataset, Split, mosi, mosi_aligned
 from experiments.datasets.preprocess import standardise
 from experiments.datasets.text import UNKNOWN, tokenised
-from experiments.encoders import mix_rows
-from experiments.errors import InputError, exit_cleanly
-from experiments.evaluate import Metrics, Results, sentiment_metrics
-from experiments.linear import logistic_regression
-from experiments.mosi_models import (
+from experiments.models.encoders import mix_rows
+from experiments.models.linear import logistic_regression
+from experiments.models.mosi import (
     AlignedModel,
     UtterancesModel,
     cross_entropy,
     half_squared_error,
     scores,
 )
-from experiments.multiomics import metrics
 from experiments.run import Job, execute
-from experiments.task import Task, softmax
-from experiments.train import Schedule
+from experiments.training.config import PublishedConfig, build_fusion, require
+from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
+from experiments.training.task import Task, softmax
+from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,7 @@ def utterances(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
     task = Task(
         UtterancesModel(fusion, config.corruption, config.features, config.hidden, config.dropout),
         cross_entropy,
-        metrics,
+        classification_metrics,
         softmax,
         monitor="auc",
         jacobian_weight=config.jacobian_weight,
@@ -161,7 +160,9 @@ def linear_models(
     """Logistic regression on an utterance, and on what a fusion with context reads."""
 
     def on_test(train: Split, test: Split) -> Metrics:
-        return metrics(test.labels, logistic_regression(train, test, len(mosi.CLASSES)))
+        return classification_metrics(
+            test.labels, logistic_regression(train, test, len(mosi.CLASSES))
+        )
 
     found = {"logistic regression": on_test(train.rows, test.rows)}
     if context:

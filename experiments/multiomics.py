@@ -29,27 +29,26 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments.cli import parse
-from experiments.config import (
+from experiments.common.cli import parse
+from experiments.common.errors import exit_cleanly
+from experiments.datasets import Dataset, multiomics
+from experiments.datasets.preprocess import carve_validation, min_max, redraw
+from experiments.models.encoders import mix_rows
+from experiments.models.linear import logistic_regression
+from experiments.models.missing import ModalityDropout, presence
+from experiments.run import Job, execute
+from experiments.training.config import (
     FusionChange,
     PublishedConfig,
     build_fusion,
     require,
     unchanged,
 )
-from experiments.datasets import Dataset, multiomics
-from experiments.datasets.preprocess import carve_validation, min_max, redraw
-from experiments.encoders import mix_rows
-from experiments.errors import exit_cleanly
-from experiments.evaluate import Metrics, Results, binary_metrics, multiclass_metrics
-from experiments.linear import logistic_regression
-from experiments.missing import ModalityDropout, presence
-from experiments.run import Job, execute
-from experiments.task import Prediction, Task, softmax
-from experiments.train import Schedule
+from experiments.training.metrics import Results, classification_metrics
+from experiments.training.task import Prediction, Task, softmax
+from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +171,6 @@ def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
     return total
 
 
-def metrics(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
-    """Accuracy, F1 and AUC for two classes; accuracy, weighted and macro F1 for more."""
-    if probabilities.shape[1] == 2:
-        return binary_metrics(labels, probabilities[:, 1])
-    return multiclass_metrics(labels, probabilities)
-
-
 def prepare(dataset: Dataset, config: Config) -> Dataset:
     """The data with a validation split carved from train, scaled to 0 … 1 on the training rows."""
     train, validation = carve_validation(dataset.train, config.validation, config.seed)
@@ -225,7 +217,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
             config.detach,
         ),
         loss,
-        metrics,
+        classification_metrics,
         softmax,
         monitor="auc" if classes == 2 else "macro_f1",
         jacobian_weight=config.jacobian_weight,
@@ -241,7 +233,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         config.smooth,
     )
     linear = logistic_regression(source.train, source.test, classes)
-    floors = {"logistic regression": metrics(source.test.labels, linear)}
+    floors = {"logistic regression": classification_metrics(source.test.labels, linear)}
     adamw = optimiser(config.learning_rate, config.weight_decay)
     return Job("multiomics", dataset, task, adamw, schedule, floors)
 

@@ -23,10 +23,10 @@ import numpy as np
 import tyro
 from jax import export as jax_export
 
-from experiments.cli import parse
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import write_text
 from experiments.datasets.npz import read_npz
-from experiments.errors import InputError, exit_cleanly
-from experiments.files import write_text
 
 STATS = ("converged", "steps", "residual")
 IGNORED = {"labels", "split", "mask"}

@@ -19,12 +19,12 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from experiments import figures
-from experiments.cli import parse
-from experiments.comparison import Run, side_by_side
-from experiments.errors import InputError, exit_cleanly
-from experiments.files import read_json, write_text
-from experiments.page import page
+from experiments.common.cli import parse
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import read_json, write_text
+from experiments.common.page import page
+from experiments.reporting import figures
+from experiments.reporting.comparison import Run, side_by_side
 
 
 @dataclass(frozen=True, kw_only=True)

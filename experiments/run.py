@@ -14,6 +14,7 @@ runs/mmimdb/20260102-030405-deq-seed0/
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,23 +26,29 @@ import numpy as np
 import optax
 
 from deq_fusion_jax import DEQFusion
-from experiments import figures
-from experiments.checkpoint import Checkpoints
-from experiments.config import CommonConfig, command_line, open_run
+from experiments.common.files import config_to_dict, plain, write_json, write_text
+from experiments.common.page import page
+from experiments.common.stopping import Sigterm, StoppedError
 from experiments.datasets import Dataset
-from experiments.devices import is_first, mesh_of, say, spread_model
-from experiments.evaluate import Metrics, Results, per_class_f1
-from experiments.files import config_to_dict, plain, write_json, write_text
-from experiments.page import page
-from experiments.progress import Bar
-from experiments.run_report import print_results, report_markdown
-from experiments.stopping import Sigterm, StoppedError
-from experiments.task import Evaluation, Task, evaluate
-from experiments.train import Fitted, Schedule, fit, refit
-from experiments.warm import free_bytes, needed_bytes
+from experiments.reporting import figures
+from experiments.reporting.run import print_results, report_markdown
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.config import CommonConfig, command_line, open_run
+from experiments.training.devices import is_first, log, mesh_of, shard_model
+from experiments.training.metrics import Metrics, Results, per_class_f1
+from experiments.training.progress import Bar
+from experiments.training.task import Evaluation, Task, evaluate
+from experiments.training.train import Fitted, Schedule, fit, refit
+from experiments.training.warm import free_bytes, needed_bytes
 
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
+EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
+
+
+def experiment(name: str) -> Any:
+    """The module of one of EXPERIMENTS, for commands over them: `parse_args`, `job`, `run`."""
+    return importlib.import_module(f"experiments.{name}")
 
 
 class Job(NamedTuple):
@@ -75,8 +82,8 @@ def execute(job: Job, config: CommonConfig) -> Results:
             task = with_warm_starts(job.task, job.dataset.train.inputs, free_bytes())
             job = job._replace(task=task)
         for note in job.notes:
-            say(note)
-        say(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
+            log(note)
+        log(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
         outcome = learn(job, config, run_dir)
     results = results_of(job, config, outcome)
     if is_first():
@@ -105,7 +112,7 @@ class Outcome(NamedTuple):
 
 def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
     """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
-    job = job._replace(task=dataclasses.replace(job.task, model=spread_model(job.task.model)))
+    job = job._replace(task=dataclasses.replace(job.task, model=shard_model(job.task.model)))
     fitted, final = train(job, config, run_dir)
     assert job.dataset.validation is not None
     on_validation = evaluate(job.task, fitted.best, job.dataset.validation)
@@ -169,10 +176,10 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
         how = task, optimiser, data, validation, schedule, seed, saved, report
         watched = None if config.refit else test
         fitted = fit(*how, test=watched, stop=stop, progress=show.part)
-    say(f"Training ended: {fitted.ending}.")
+    log(f"Training ended: {fitted.ending}.")
     if not config.refit:
         return fitted, fitted
-    say(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
+    log(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
     saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
     with Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "refit.jsonl", show)
@@ -220,7 +227,7 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     fits = free is None or needed <= free / 2
     cost = f"{needed / 2**20:.1f} MiB for {len(next(iter(inputs.values())))} rows"
     room = "" if free is None else f", {free / 2**20:.0f} MiB are free"
-    say(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
+    log(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
     return dataclasses.replace(task, warm_start=fits)
 
 

@@ -27,7 +27,7 @@ settings.register_profile("thorough", max_examples=1000, **FIXED)
 settings.load_profile("brief")
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = ROOT.parent / "shared" / "goldens"
+GOLDENS = (ROOT / "tests" / "goldens", ROOT.parent / "shared" / "goldens")
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ class Golden:
     params=["p1_m2_d8_b5", "p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5", "p5_m3_d16_b16"]
 )
 def golden(request, x64):
-    path = GOLDENS / f"{request.param}.npz"
-    if not path.exists():
-        pytest.skip("the goldens of the official module are not there: ../shared/goldens")
-    return Golden(path)
+    for folder in GOLDENS:
+        if (path := folder / f"{request.param}.npz").exists():
+            return Golden(path)
+    pytest.skip(f"{request.param}.npz is not in tests/goldens and there is no ../shared/goldens")

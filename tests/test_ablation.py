@@ -13,9 +13,9 @@ from deq_fusion_jax.baselines import WeightTied
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.injection import Inject
 from experiments import ablation
-from experiments.ablation_report import ablation_table
-from experiments.ablation_variants import REFERENCE, VARIANTS
-from experiments.figures import ablation as drawn
+from experiments.models.variants import REFERENCE, VARIANTS
+from experiments.reporting.ablation import ablation_table
+from experiments.reporting.figures import ablation as drawn
 from tests.test_multiomics import write_rosmap
 
 NAMES = [variant.name for part in VARIANTS.values() for variant in part]

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax.official import params_from_official
-from experiments import benchmark, benchmark_report, benchmark_spread
-from experiments.benchmark_problem import make_problem
-from experiments.benchmark_profile import STEPS, profiled, programs
-from experiments.benchmark_timing import Contender, interleaved
-from experiments.benchmark_training import Lesson, our_learner, taught
-from experiments.contenders import picard_steps, unrolled
-from experiments.errors import InputError
+from experiments import benchmark
+from experiments.benchmarks import spread as benchmark_spread
+from experiments.benchmarks import tables as benchmark_report
+from experiments.benchmarks.contenders import picard_steps, unrolled
+from experiments.benchmarks.problem import make_problem
+from experiments.benchmarks.profile import STEPS, profiled, programs
+from experiments.benchmarks.timing import Contender, interleaved
+from experiments.benchmarks.training import Lesson, our_learner, taught
+from experiments.common.errors import InputError
 
 TOL = 1e-4
 OWN = {"ours, joint", "ours, staged"}
@@ -36,7 +38,7 @@ def quick(tmp_path_factory):
     options = f"--quick --part layer --rounds 2 --seed 2 --tolerances {TOL} --shapes 8 64 2"
     with pytest.MonkeyPatch.context() as patch:
         if is_there("torch", "torchdeq"):
-            from experiments import contenders_torch
+            from experiments.benchmarks import contenders_torch
 
             patch.setattr(contenders_torch, "_thread_counts", lambda: [1])
         benchmark.run(benchmark.parse_args([*options.split(), "--run-dir", str(folder)]))
@@ -112,7 +114,7 @@ class TestTorch:
         return torch
 
     def test_the_maps_are_ours(self, torch):
-        from experiments.contenders_torch import apply_cell, inject, state_dict
+        from experiments.benchmarks.contenders_torch import apply_cell, inject, state_dict
 
         problem = make_problem((4, 32, 3), 0)
         names = tuple(problem.inputs)
@@ -129,7 +131,7 @@ class TestTorch:
             np.testing.assert_allclose(got[:, i], part, atol=1e-5)
 
     def test_state_dict_and_back(self, torch):
-        from experiments.contenders_torch import state_dict
+        from experiments.benchmarks.contenders_torch import state_dict
 
         params = make_problem((4, 32, 3), 0).params
         names = ("modality2", "modality0", "modality1")
@@ -153,7 +155,7 @@ class TestTraining:
         learners = [our_learner(self.LESSON, 1e-4, 2, "joint", warm) for warm in (False, True)]
         learners.append(our_learner(self.LESSON, 1e-4, 2, "staged", warm=True))
         if is_there("torch", "torchdeq"):
-            from experiments.contenders_torch import torch_learner
+            from experiments.benchmarks.contenders_torch import torch_learner
 
             learners.append(torch_learner(self.LESSON, 1e-4, 2))
         taught = [[learner.step() for _ in range(4)] for learner in learners]

@@ -12,8 +12,8 @@ import optax
 import pytest
 from identical import bits
 
-from experiments.checkpoint import Checkpoints
-from experiments.errors import InputError
+from experiments.common.errors import InputError
+from experiments.training.checkpoint import Checkpoints
 
 
 def make_state(seed=0, width=4):
@@ -177,7 +177,7 @@ def test_a_crash_between_save_and_seal_leaves_the_older_step(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("experiments.checkpoint.write_text", crash)
+        patch.setattr("experiments.training.checkpoint.write_text", crash)
         checkpoints.save(2, {"x": jnp.float32(2)}, {})
     assert checkpoints.restore({"x": jnp.float32(0)})[0] == 1
 

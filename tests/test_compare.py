@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import compare, mmimdb
+from experiments.common.errors import InputError
 from experiments.datasets.mmimdb_sample import sample_file
-from experiments.errors import InputError
 
 FUSIONS, SEEDS = ("sum", "text"), (0, 1)
 NAMES = [f"{fusion}-seed{seed}" for fusion in FUSIONS for seed in SEEDS]

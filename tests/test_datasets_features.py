@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from experiments.common.errors import InputError
 from experiments.datasets import Split
 from experiments.datasets.features import Table, missing, read, strata
 from experiments.datasets.preprocess import draw_split, standardise
-from experiments.errors import InputError
 
 N = 12
 X = np.random.default_rng(0).standard_normal((N, 3))

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import f1_score
 
+from experiments.common.errors import InputError
 from experiments.datasets import mmimdb, prepared
 from experiments.datasets import mmimdb_hdf5 as hdf5
 from experiments.datasets import mmimdb_sample as sample
 from experiments.datasets.precomputed import read_features
-from experiments.errors import InputError
 
 SIZES = {"train": 40, "validation": 10, "test": 20}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.common.errors import InputError
 from experiments.datasets import Split, mosi, mosi_aligned
 from experiments.datasets.download import git_blob
 from experiments.datasets.pickles import read_pickle
-from experiments.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import Dataset, Split, multiomics, prepared
 from experiments.datasets.download import Remote, fetch, git_blob, sha256, unpack
 from experiments.datasets.preprocess import carve_validation, min_max
-from experiments.errors import InputError, exit_cleanly
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -20,13 +20,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deq_fusion_jax import Anderson, Broyden, DEQFusion, Phantom, Picard, deq_fixed_point
+from experiments.common.errors import InputError
 from experiments.datasets import Split
-from experiments.devices import BATCH, mesh_of, put, share_of, spread_model
-from experiments.encoders import MaxoutMLP
-from experiments.errors import InputError
-from experiments.step import init_state, train_step
-from experiments.task import Prediction, Task, evaluate
-from experiments.train import Schedule, fit
+from experiments.models.encoders import MaxoutMLP
+from experiments.training.devices import BATCH, mesh_of, put, shard_model, share_of
+from experiments.training.step import init_state, train_step
+from experiments.training.task import Prediction, Task, evaluate
+from experiments.training.train import Schedule, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
@@ -130,7 +130,7 @@ TRAIN, VALIDATION = rows(50), rows(11)  # no multiples of the eight devices
 
 
 def spread(task):
-    return Task(**task.__dict__ | {"model": spread_model(task.model)})
+    return Task(**task.__dict__ | {"model": shard_model(task.model)})
 
 
 def test_fit_on_eight_devices_is_fit_on_one():

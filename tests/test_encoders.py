@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets.text import PADDING, UNKNOWN, build_vocabulary, encode, words
-from experiments.encoders import (
+from experiments.models.encoders import (
     MaxoutMLP,
     PlotEncoder,
     PosterCNN,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
-from experiments.evaluate import (
+from experiments.training.metrics import (
     binary_metrics,
     frequent_labels_floor,
     multiclass_metrics,

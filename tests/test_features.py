@@ -9,10 +9,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from experiments import features
-from experiments.config import check_same_run, command_line, open_run, saved_config
 from experiments.datasets import Split
 from experiments.datasets.features import read
 from experiments.datasets.preprocess import standardise
+from experiments.training.config import check_same_run, command_line, open_run, saved_config
 
 N = 240
 

@@ -10,13 +10,13 @@ import pytest
 from identical import bits, timeless
 
 from experiments import mmimdb
-from experiments.checkpoint import Checkpoints
+from experiments.common.stopping import StoppedError
 from experiments.datasets.mmimdb_sample import sample_file
-from experiments.devices import mesh_of, put_batches
-from experiments.feed import Resident, feed, order_of_epoch, run_epochs
-from experiments.step import FAR, init_state
-from experiments.stopping import StoppedError
-from experiments.train import Schedule, fit
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.devices import mesh_of, put_batches
+from experiments.training.feed import Resident, feed, order_of_epoch, run_epochs
+from experiments.training.step import FAR, init_state
+from experiments.training.train import Schedule, fit
 
 
 class Case:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from experiments.figures import (
+from experiments.reporting.figures import (
     gate_strength,
     learning_curve,
     phase_portrait,

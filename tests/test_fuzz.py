@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import report
+from experiments.common.errors import InputError
 from experiments.datasets import features, mmimdb_hdf5, mosi_aligned, mosi_csv, multiomics
 from experiments.datasets.mmimdb_raw import read_movies, read_poster
 from experiments.datasets.mmimdb_sample import sample_file
 from experiments.datasets.mosi import locate
 from experiments.datasets.precomputed import read_features
-from experiments.errors import InputError
 from tests.test_datasets_mosi import write_aligned, write_utterances
 from tests.test_datasets_multiomics import write_rosmap
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax import Anderson, DEQFusion
-from experiments import mmimdb, train
+from experiments import mmimdb
 from experiments.datasets.stream import Stream
+from experiments.training import train
 
 D, B = 32, 6
 LAYER = DEQFusion(D, solver=Anderson(tol=1e-4, max_steps=60))

@@ -7,9 +7,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 
-from experiments import linear
+from experiments.common.errors import InputError
 from experiments.datasets import Split
-from experiments.errors import InputError
+from experiments.models import linear
 
 RNG = np.random.default_rng(0)
 N = 60

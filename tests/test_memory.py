@@ -5,7 +5,7 @@ import platform
 import numpy as np
 import pytest
 
-from experiments.memory import hand_back, in_use, memory
+from experiments.common.memory import in_use, memory, release_memory
 
 MB = 10**6
 pytestmark = pytest.mark.skipif(
@@ -22,5 +22,5 @@ def test_what_is_allocated_is_in_use_and_what_is_written_resident():
     del large, small
     assert in_use() - used == pytest.approx(0, abs=10 * MB)
     before = memory("VmRSS")
-    hand_back()
+    release_memory()
     assert before - memory("VmRSS") > 30 * MB and len(kept) == 1000

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.missing import ModalityDropout, presence
+from experiments.models.missing import ModalityDropout, presence
 
 
 def test_only_a_row_of_nan_is_missing():

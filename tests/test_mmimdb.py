@@ -19,7 +19,7 @@ from PIL import Image
 from experiments import mmimdb
 from experiments.datasets import mmimdb_hdf5 as hdf5
 from experiments.datasets.mmimdb_sample import GENRE_NAMES, sample_file
-from experiments.encoders import MaxoutMLP, PlotEncoder, PosterCNN
+from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSIONS = ("deq", "weight_tied", "concat", "gmu", "lmf", "attention", "text")  # sum: below

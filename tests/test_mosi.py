@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from deq_fusion_jax.baselines import Sum
-from experiments import mosi, mosi_models
+from experiments import mosi
 from experiments.datasets import Split, mosi_aligned
 from experiments.datasets import mosi as data
+from experiments.models import mosi as mosi_models
 from tests.test_datasets_mosi import shared, write_aligned, write_utterances
 
 

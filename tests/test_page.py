@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from experiments.comparison import Run, side_by_side
-from experiments.page import page
+from experiments.common.page import page
+from experiments.common.text import markdown_table
 from experiments.report import main as report_main
-from experiments.text import markdown_table
+from experiments.reporting.comparison import Run, side_by_side
 from tests.test_report import assert_tables_align, row
 
 TABLE = [["class", "F1"], ["a & b", "0.500"], ["<script>x</script>", "0.250"]]

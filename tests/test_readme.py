@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import deq_fusion_jax
-from experiments import overview
-from experiments.errors import InputError
-from experiments.readme import PAGES, insert, up_to_first_table, update
+from experiments.common.errors import InputError
+from experiments.reporting import overview
+from experiments.reporting.readme import PAGES, insert, up_to_first_table, update
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     if module in ("experiments.compare", "experiments.ablation"):
         options, arguments = experiment.parse_args(arguments)
         experiment = importlib.import_module(f"experiments.{options.experiment}")
-    if module != "experiments.readme":
+    if module != "experiments.reporting.readme":
         experiment.parse_args(arguments)
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.comparison import comparison_table
-from experiments.errors import InputError
-from experiments.evaluate import compare_rows
-from experiments.files import config_to_dict, versions, write_json, write_text
-from experiments.run_report import print_results, report_markdown
-from experiments.text import markdown_table, number, percent
+from experiments.common.errors import InputError
+from experiments.common.files import config_to_dict, versions, write_json, write_text
+from experiments.common.text import markdown_table, number, percent
+from experiments.reporting.comparison import comparison_table
+from experiments.reporting.run import print_results, report_markdown
+from experiments.training.metrics import compare_rows
 
 SOLVER = {"converged": 0.9996, "mean_steps": 14.25, "residual": 8.1e-5}
 PER_CLASS = {

@@ -17,14 +17,20 @@ import pytest
 from PIL import Image
 
 from experiments import mmimdb, multiomics
-from experiments.cli import parse
-from experiments.config import CommonConfig, PublishedConfig, build_fusion, command_line, open_run
+from experiments.common.cli import parse
+from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
-from experiments.errors import InputError
-from experiments.evaluate import Results, multiclass_metrics
 from experiments.run import Job, execute
-from experiments.task import Prediction, Task, evaluate
-from experiments.train import Schedule, fit, refit
+from experiments.training.config import (
+    CommonConfig,
+    PublishedConfig,
+    build_fusion,
+    command_line,
+    open_run,
+)
+from experiments.training.metrics import Results, multiclass_metrics
+from experiments.training.task import Prediction, Task, evaluate
+from experiments.training.train import Schedule, fit, refit
 
 ROOT = Path(__file__).resolve().parents[1]
 

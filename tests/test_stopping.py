@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.errors import exit_cleanly
-from experiments.stopping import Sigterm, StoppedError
+from experiments.common.errors import exit_cleanly
+from experiments.common.stopping import Sigterm, StoppedError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
+from experiments.common.errors import InputError
 from experiments.datasets import mmimdb, mmimdb_hdf5, prepared
 from experiments.datasets.mmimdb_sample import sample_file
 from experiments.datasets.stream import Stream
-from experiments.errors import InputError
 
 ROWS = 60
 

@@ -20,16 +20,16 @@ from identical import bits, timeless
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
-from experiments.checkpoint import Checkpoints
-from experiments.config import build_fusion
 from experiments.datasets import Dataset, Split
-from experiments.encoders import MaxoutMLP
-from experiments.feed import run_epochs
+from experiments.models.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
-from experiments.step import TrainState, init_state, train_step
-from experiments.task import Prediction, Task, Variables, evaluate
-from experiments.train import Schedule, fit, refit
-from experiments.warm import needed_bytes
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.config import build_fusion
+from experiments.training.feed import run_epochs
+from experiments.training.step import TrainState, init_state, train_step
+from experiments.training.task import Prediction, Task, Variables, evaluate
+from experiments.training.train import Schedule, fit, refit
+from experiments.training.warm import needed_bytes
 
 
 class Net(nn.Module):

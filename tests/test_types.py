@@ -17,8 +17,8 @@ import pytest
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionCell, FusionState
 from deq_fusion_jax.injection import Inject
-from experiments import benchmark_types
-from experiments.benchmark_types import BFLOAT16, FLOAT32, FLOAT64, PRECISIONS, WIDE_STATE
+from experiments.benchmarks import types as benchmark_types
+from experiments.benchmarks.types import BFLOAT16, FLOAT32, FLOAT64, PRECISIONS, WIDE_STATE
 
 SHAPE, TOL = (8, 64, 2), 8e-3  # TOL is the common one, and bfloat16's finest
 FINEST = 1e-12  # of float64

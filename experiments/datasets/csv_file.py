@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.common.errors import InputError
 from experiments.datasets.numbers import to_float32
-from experiments.errors import InputError
 
 UNKNOWN = ("", "NA")
 

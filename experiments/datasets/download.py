@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.errors import InputError
+from experiments.common.errors import InputError
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte

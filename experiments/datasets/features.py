@@ -22,10 +22,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from experiments.common.errors import InputError
 from experiments.datasets.csv_file import UNKNOWN, read_labels, read_numbers
 from experiments.datasets.npz import read_npz
 from experiments.datasets.numbers import to_float32
-from experiments.errors import InputError
 
 Kind = Literal["multiclass", "multilabel", "regression"]
 RESERVED = ("labels", "split", "mask")

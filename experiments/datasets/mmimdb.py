@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch, unpack
 from experiments.datasets.mmimdb_hdf5 import FILE_NAME, MmimdbFeatures
@@ -23,7 +24,6 @@ from experiments.datasets.mmimdb_sample import sample_file
 from experiments.datasets.precomputed import Features, read_features
 from experiments.datasets.prepared import Examples, cache_root, fingerprint, prepare
 from experiments.datasets.stream import Stream
-from experiments.errors import InputError
 
 Variant = Literal["features", "raw"]
 REMOTES: dict[Variant, Remote] = {
@@ -54,24 +54,12 @@ def load(
       download: get the files from archive.org first, into data_dir or else the cache directory.
       stream: leave the training rows on disk (features).
     """
-    if variant not in (None, *REMOTES):
-        raise InputError(f"variant is {variant!r}; expected {' or '.join(REMOTES)}")
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise InputError(f"image_size is {image_size}; expected (height, width), both positive")
-    if stream and features_npz:
-        raise _not_streamed("with --features-npz: those features are read into memory as one file")
-    if stream and variant == "raw":
-        raise _not_streamed(_RAW)
+    _check(variant, image_size, features_npz, stream)
     precomputed = read_features(Path(features_npz).expanduser()) if features_npz else None
     if download:
         variant = variant or "features"
         data_dir = _download(variant, data_dir, cache_dir)
-    if data_dir is None:
-        if variant == "raw":
-            raise InputError("the sample has no raw form: give the folder mmimdb/, or download it")
-        source = sample_file(cache_root(cache_dir) / "mmimdb_sample")
-    else:
-        source = _find(Path(data_dir).expanduser(), variant)
+    source = _source(data_dir, cache_dir, variant)
     if source.is_file():
         builder = _prepare_features(source, cache_dir)
     elif stream:
@@ -92,6 +80,28 @@ def load(
         test=test.read(np.arange(len(test))),
         stream=train if stream else None,
     )
+
+
+def _check(
+    variant: Variant | None, image_size: tuple[int, int], features_npz: Path | None, stream: bool
+) -> None:
+    if variant not in (None, *REMOTES):
+        raise InputError(f"variant is {variant!r}; expected {' or '.join(REMOTES)}")
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise InputError(f"image_size is {image_size}; expected (height, width), both positive")
+    if stream and features_npz:
+        raise _not_streamed("with --features-npz: those features are read into memory as one file")
+    if stream and variant == "raw":
+        raise _not_streamed(_RAW)
+
+
+def _source(data_dir: Path | None, cache_dir: Path | None, variant: Variant | None) -> Path:
+    """The file of features, or the folder of the raw form; without data_dir, the sample's file."""
+    if data_dir is not None:
+        return _find(Path(data_dir).expanduser(), variant)
+    if variant == "raw":
+        raise InputError("the sample has no raw form: give the folder mmimdb/, or download it")
+    return sample_file(cache_root(cache_dir) / "mmimdb_sample")
 
 
 def _not_streamed(why: str) -> InputError:

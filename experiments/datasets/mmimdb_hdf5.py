@@ -25,9 +25,9 @@ import h5py
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.common.errors import InputError
 from experiments.datasets.numbers import to_float32
 from experiments.datasets.prepared import ShardedBuilder
-from experiments.errors import InputError
 
 FILE_NAME = "multimodal_imdb.hdf5"
 TEXT_WIDTH, IMAGE_WIDTH, GENRES = 300, 4096, 23

@@ -20,9 +20,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageOps
 
+from experiments.common.errors import InputError
+from experiments.common.files import read_json
 from experiments.datasets.prepared import SourceBuilder
-from experiments.errors import InputError
-from experiments.files import read_json
 
 DROPPED = frozenset({"News", "Adult", "Talk-Show", "Reality-TV"})
 GENRES = 23

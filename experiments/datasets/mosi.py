@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from sklearn.model_selection import GroupShuffleSplit
 
+from experiments.common.errors import InputError
 from experiments.datasets import Split
 from experiments.datasets.download import Remote, fetch, sha256
 from experiments.datasets.mosi_csv import WIDTHS, Utterances, check_parts, read_part
@@ -31,7 +32,6 @@ from experiments.datasets.prepared import (
     prepare,
     read_split,
 )
-from experiments.errors import InputError
 
 CLASSES = ("negative", "positive")
 MODALITIES = tuple(WIDTHS)

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch
 from experiments.datasets.npz import read_npz
 from experiments.datasets.numbers import to_float32
 from experiments.datasets.pickles import read_pickle
 from experiments.datasets.prepared import cache_root
-from experiments.errors import InputError
 
 MODALITIES = ("text", "audio")
 LENGTH, AUDIO_WIDTH = 50, 5

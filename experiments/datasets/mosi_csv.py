@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.common.errors import InputError
 from experiments.datasets import Split
 from experiments.datasets.numbers import to_float32
-from experiments.errors import InputError
 
 WIDTHS = {"text": 100, "audio": 73, "video": 100}
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
 from experiments.datasets.download import Remote, fetch, sha256
 from experiments.datasets.numbers import to_float32
@@ -27,7 +28,6 @@ from experiments.datasets.prepared import (
     prepare,
     read_split,
 )
-from experiments.errors import InputError
 
 MODALITIES = ("mRNA", "methylation", "miRNA")
 _URL = "https://raw.githubusercontent.com/txWang/MOGONET/32d9066b7fe289b3f7cdb496a5668834079c274c"

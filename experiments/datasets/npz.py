@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.errors import InputError
+from experiments.common.errors import InputError
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.errors import InputError
+from experiments.common.errors import InputError
 
 
 def read_pickle(path: Path) -> Any:

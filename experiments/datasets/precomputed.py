@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.common.errors import InputError
 from experiments.datasets.npz import read_npz
 from experiments.datasets.numbers import to_float32
-from experiments.errors import InputError
 
 MODALITIES = ("text", "image")
 

@@ -25,8 +25,8 @@ from absl import logging as absl_logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+from experiments.common.errors import InputError
 from experiments.datasets.download import sha256
-from experiments.errors import InputError
 
 CACHE_VARIABLE = "DEQ_FUSION_CACHE"
 _CHECKSUMS = "checksums.json"

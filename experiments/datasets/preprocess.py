@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import train_test_split
 
+from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
-from experiments.errors import InputError
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {modality: (mean, deviation)}
 

@@ -1,0 +1,1 @@
+"""What `experiments.benchmark` measures with, and the rarer benchmarks, commands of their own."""

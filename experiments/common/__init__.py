@@ -1,0 +1,1 @@
+"""Files, errors, command lines, text, memory: knows nothing of learning."""

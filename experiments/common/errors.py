@@ -1,0 +1,48 @@
+"""How experiments report bad input: one exception, one line on stderr, exit status 2."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+from experiments.common.stopping import StoppedError
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message says what, what was expected, what to do."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error says; Orbax hands the system's complaint on in words."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+@contextlib.contextmanager
+def exit_cleanly() -> Iterator[None]:
+    """Turn an InputError, and a full disk, into ``error: …`` on stderr and exit status 2.
+
+    Ctrl-C ends with status 130, and a run that SIGTERM stopped with 143, as shells count signals.
+
+    Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
+    Any other exception passes through: it is a bug, and its traceback is wanted.
+    """
+    try:
+        yield
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from interrupt
+    except StoppedError as stopped:
+        print("stopped:", stopped, file=sys.stderr)
+        raise SystemExit(143) from stopped
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(
+            f"error: no space is left on the disk{where}; make some and try again", file=sys.stderr
+        )
+        raise SystemExit(2) from error

@@ -1,0 +1,1 @@
+"""Encoders and heads, linear models, and what an ablation changes."""

@@ -1,0 +1,236 @@
+"""The options that every experiment has, and the run directory that they name."""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from deq_fusion_jax import Anderson
+from deq_fusion_jax.baselines import make_fusion
+from experiments.common.errors import InputError
+from experiments.common.files import config_to_dict, read_json, versions, write_json
+from experiments.training.devices import Parallel, is_first, wait_for_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """The options that every experiment has.
+
+    Attributes:
+      fusion: deq, weight_tied, concat, sum, gmu, lmf, attention, or the name of one modality.
+      seed: of the initial weights, the order of the rows, dropout and the validation rows.
+      epochs: passes over the training rows, at most.
+      run_dir: where to write; by default a new folder under runs/.
+      resume: go on with the run in run_dir.
+      features: d, the width of the fusion.
+      jacobian_weight: γ, weight of the Jacobian penalty (deq, weight_tied).
+      tol: relative residual at which the solver is done (deq, weight_tied).
+      max_steps: solver steps, at most (deq).
+      warm_start: start the solves of a training row where its last ones ended; pays where a row's
+        features hardly change between epochs, that is without dropout before the fusion (deq).
+      dropout: rate in the encoders.
+      learning_rate, weight_decay: of the optimiser.
+      average: decay of the running mean of the weights that is evaluated; 0: the weights are.
+      patience: evaluations without a better validation score before training stops.
+      refit: train once more on the validation rows too, to the epoch that they selected.
+      parallel: spread every batch over all devices of this process, or over those of all processes
+        that a launcher such as SLURM has started.
+      official_selection: report the epoch with the best TEST score as well, as the paper's code
+        does; too good to be a result.
+    """
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()  # options that are given without their names
+    UNSAID: ClassVar[tuple[str, ...]] = ("resume", "run_dir")  # not in the command that repeats it
+
+    fusion: str = "deq"
+    seed: int = 0
+    epochs: int = 100
+    run_dir: Path | None = None
+    resume: bool = False
+    features: int = 512
+    jacobian_weight: float = 0.1
+    tol: float = 1e-3
+    max_steps: int = 100
+    warm_start: bool = False
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    average: float = 0.0
+    patience: int = 15
+    refit: bool = False
+    parallel: Parallel = "none"
+    official_selection: bool = False
+
+    def __post_init__(self) -> None:
+        eps = float(jnp.finfo(jnp.float32).eps)
+        require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        require(self.features >= 1, "features", self.features, "1 or more")
+        require(eps <= self.tol < 1, "tol", self.tol, f"from {eps:.1e}, float32's resolution, to 1")
+        require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
+        weight = self.jacobian_weight
+        require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
+        rate, decay = self.learning_rate, self.weight_decay
+        require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
+        require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
+        require(0 <= self.average < 1, "average", self.average, "0 or more and less than 1")
+        require(self.patience >= 1, "patience", self.patience, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedConfig(CommonConfig):
+    """The options of an experiment on published data.
+
+    Attributes:
+      data_dir: folder of the real data; None: the experiment says what it does then.
+      cache_dir: where prepared data are kept; by default ~/.cache/deq_fusion_jax.
+      download: fetch the data first.
+    """
+
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    download: bool = False
+
+
+def require(usable: bool, option: str, given: Any, expected: str) -> None:
+    """Raises InputError unless `usable`."""
+    if not usable:
+        raise InputError(f"--{option.replace('_', '-')} {given}: expected {expected}")
+
+
+def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
+    """The fusion that the options describe."""
+    options: dict[str, Any] = {}
+    if config.warm_start and config.fusion != "deq":
+        raise InputError(f"--warm-start: --fusion {config.fusion} solves nothing; use --fusion deq")
+    if config.fusion in ("deq", "weight_tied", "attention") and config.features % 4:
+        raise InputError(
+            f"--features {config.features}: --fusion {config.fusion} needs a multiple of 4"
+        )
+    try:
+        if config.fusion == "deq":
+            options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
+        if config.fusion == "weight_tied":
+            options["tol"] = config.tol
+        return make_fusion(config.fusion, config.features, modalities, **options)
+    except ValueError as error:
+        raise InputError(f"--fusion {config.fusion}: {error}") from error
+
+
+FusionChange = Callable[[Any], nn.Module]  # what an ablation makes of the fusion of an experiment
+
+
+def unchanged(fusion: nn.Module) -> nn.Module:
+    return fusion
+
+
+def open_run(experiment: str, config: CommonConfig) -> Path:
+    """The run directory: a new one, or with `resume` the one to go on with.
+
+    Raises:
+      InputError: the directory holds another experiment, another configuration, or a run that
+        was not to be resumed; or there is nothing to resume.
+    """
+    if config.run_dir is None:
+        if config.resume:
+            raise InputError("--resume needs --run-dir, the directory of the run to go on with")
+        if config.parallel == "processes":
+            raise InputError("--parallel processes needs --run-dir, on a disk that all of them see")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{config.fusion}-seed{config.seed}"
+        run_dir = Path("runs") / experiment / name
+    else:
+        run_dir = config.run_dir.expanduser()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"--run-dir {run_dir} is a file; give a directory")
+    saved = saved_config(run_dir)
+    if saved is None:
+        if config.resume:
+            raise InputError(f"nothing to resume in {run_dir}: it holds no run (no config.json)")
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
+    else:
+        check_same_run(run_dir, saved, experiment, config)
+    wait_for_all("run directory looked at")
+    if is_first():
+        _begin(run_dir, experiment, config)
+    return run_dir
+
+
+def _begin(run_dir: Path, experiment: str, config: CommonConfig) -> None:
+    """Makes the directory and writes config.json."""
+    try:
+        (run_dir / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from error
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter training
+    settings = {
+        "experiment": experiment,
+        "command": command_line(experiment, config),
+        "config": config_to_dict(config),
+        "versions": versions(),
+    }
+    write_json(run_dir / "config.json", settings)
+
+
+def saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """What config.json of a run directory says; None where there is none."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        saved = read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give another --run-dir") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise InputError(f"{path} does not describe a run; give another --run-dir")
+    return saved
+
+
+def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonConfig) -> None:
+    """A run is resumed with the options it began with; only `epochs` may grow."""
+    if saved.get("experiment") != experiment:
+        raise InputError(
+            f"{run_dir} holds a run of experiment {saved.get('experiment')!r}, not {experiment!r}; "
+            "give another --run-dir"
+        )
+    if not config.resume:
+        raise InputError(f"{run_dir} holds a run already; add --resume to go on with it")
+    free = ("resume", "run_dir", "epochs", "cache_dir", "parallel")
+    now = config_to_dict(config)
+    for name in sorted((now.keys() | saved["config"].keys()) - set(free)):
+        before, after = saved["config"].get(name), now.get(name)
+        if before != after:
+            raise InputError(
+                f"{run_dir} was run with {name} = {before}, not {after}; resume it with the same "
+                "options or give another --run-dir"
+            )
+    if config.epochs < saved["config"].get("epochs", 0):
+        raise InputError(
+            f"--epochs {config.epochs}: {run_dir} was run with {saved['config']['epochs']}, which "
+            "may only grow"
+        )
+
+
+def command_line(experiment: str, config: CommonConfig) -> str:
+    """The command line that repeats the run."""
+    named: list[str] = []
+    unnamed: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is False and field.default is True:
+            named.append(f"--no-{field.name.replace('_', '-')}")
+        if field.name in config.UNSAID or value is None or value is False:
+            continue
+        words = () if value is True else map(str, value if isinstance(value, tuple) else (value,))
+        if field.name in config.POSITIONAL:
+            unnamed += words
+        else:
+            named += [f"--{field.name.replace('_', '-')}", *words]
+    return shlex.join(["python", "-m", f"experiments.{experiment}", *unnamed, *named])

@@ -1,0 +1,139 @@
+"""A `Task`, what a model is to learn, and `evaluate`, how well it does on a split."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deq_fusion_jax import FusionOutput, SolveStats
+from experiments.datasets import Split
+from experiments.training.devices import device_count, replicate, shard
+
+PyTree = Any
+Metrics = dict[str, float]
+
+
+class Prediction(NamedTuple):
+    """What a model of an experiment returns from (inputs, train).
+
+    Attributes:
+      logits: [N, C].
+      fusion: the fusion's own output.
+      extras: whatever else the experiment's loss needs.
+    """
+
+    logits: jax.Array
+    fusion: FusionOutput
+    extras: Any = None
+
+
+class Variables(NamedTuple):
+    """What a model has learned."""
+
+    params: PyTree
+    batch_stats: PyTree
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn. Equal tasks, of several seeds say, share one compiled training step.
+
+    Attributes:
+      model: (inputs, train=…, z0=…, adjoint0=…) → `Prediction`; the last two go to its fusion,
+        and are only given where that is a `DEQFusion`.
+      loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
+      metrics: (labels, probabilities) → {name: value}.
+      probabilities: logits → probabilities, or whatever is predicted; traceable.
+      monitor: the validation metric that selects the epoch.
+      jacobian_weight: γ; γ × the Jacobian penalty is added to the loss.
+      average: decay δ of the running mean of the weights, ā ← δ ā + (1 - δ) a after every step,
+        which is what is evaluated; 0: the weights themselves are.
+      warm_start: start the solves of a row from its last ones; see `experiments.training.warm`.
+    """
+
+    model: nn.Module
+    loss: Callable[[Prediction, jax.Array], jax.Array]
+    metrics: Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
+    probabilities: Callable[[jax.Array], jax.Array]
+    monitor: str
+    jacobian_weight: float = 0.0
+    average: float = 0.0
+    warm_start: bool = False
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits)
+
+
+def sigmoid(logits: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(logits)
+
+
+class Evaluation(NamedTuple):
+    """A model on a whole split, on the host.
+
+    Attributes:
+      probabilities: [N, C].
+      metrics: of the task.
+      loss: mean over the rows.
+      stats: `SolveStats` over all rows, None where nothing is solved.
+      gates: {modality: [N]} mean |α_i| over a sample's channels, None where there are none.
+    """
+
+    probabilities: np.ndarray
+    metrics: Metrics
+    loss: float
+    stats: SolveStats | None
+    gates: dict[str, np.ndarray] | None
+
+
+def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 256) -> Evaluation:
+    """Runs the model on a split in batches; a row's result does not depend on its batch."""
+    rows, devices = len(split.labels), device_count()
+    batch_size = -(-batch_size // devices) * devices
+    padded = -(-rows // batch_size) * batch_size
+    index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
+    logits, stats, gates, losses = _predict(task, variables, split, index)
+    host = jax.tree.map(
+        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows], (logits, stats, gates, losses)
+    )
+    logits, stats, gates, losses = host
+    finite = bool(np.isfinite(logits).all())
+    probabilities = np.asarray(task.probabilities(logits if finite else np.zeros_like(logits)))
+    metrics = dict(task.metrics(np.asarray(split.labels), probabilities))
+    if not finite:  # a model that has diverged has no score
+        metrics = dict.fromkeys(metrics, float("nan"))
+    return Evaluation(probabilities, metrics, float(np.mean(losses)), stats, gates)
+
+
+@partial(jax.jit, static_argnames=("task",))
+def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> tuple[Any, ...]:
+    def batch(rows: jax.Array) -> tuple[Any, ...]:
+        inputs, labels = shard(jax.tree.map(lambda x: x[rows], tuple(split)))
+        prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
+        fusion = prediction.fusion
+        gates = jax.tree.map(
+            lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
+        )
+        learned = prediction._replace(fusion=fusion._replace(stats=None))
+        one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
+        return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
+
+    return replicate(jax.lax.map(batch, index))
+
+
+def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:
+    """Fraction converged, mean and largest step count and largest residual of a batch."""
+    if stats is None:
+        return {}
+    return {
+        "converged": jnp.mean(stats.converged),
+        "mean_steps": jnp.mean(stats.steps),
+        "max_steps": jnp.max(stats.steps),
+        "residual": jnp.max(stats.residual),
+    }

@@ -1,0 +1,322 @@
+"""`fit`: train until the schedule says stop, and keep what does best on validation."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.common.memory import release_memory
+from experiments.common.stopping import StoppedError
+from experiments.datasets import Dataset, Split
+from experiments.datasets.preprocess import join
+from experiments.datasets.stream import Stream
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.devices import any_process, put, share_of
+from experiments.training.feed import Resident, Streamed, feed
+from experiments.training.step import Seen, TrainState, copied, init_state
+from experiments.training.task import Task, Variables, evaluate, solver_means
+
+PyTree = Any
+Progress = Callable[[float, Callable[[], dict[str, float]]], None]
+
+
+class Schedule(NamedTuple):
+    """How long to train.
+
+    Attributes:
+      epochs: passes over the training rows, at most.
+      batch_size: rows a step; a last incomplete batch of an epoch is left out (the order changes
+        every epoch). More than there are rows means all rows.
+      evaluate_every: epochs between two evaluations on the validation split.
+      patience: evaluations without a gain after which training stops; None: never.
+      smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
+      bad_steps: bad steps in a row (see `experiments.training.step`) after which training stops;
+        looked at when evaluating.
+    """
+
+    epochs: int
+    batch_size: int
+    evaluate_every: int = 1
+    patience: int | None = None
+    smooth: int = 1
+    bad_steps: int = 100
+
+
+class Fitted(NamedTuple):
+    """The outcome of `fit`.
+
+    Attributes:
+      best: variables of the best evaluation by validation.
+      last: the state after the last step.
+      history: one row an evaluation; see `fit`.
+      best_epoch: epoch of `best`.
+      ending: why training stopped, in words.
+    """
+
+    best: Variables
+    last: TrainState
+    history: list[dict[str, Any]]
+    best_epoch: int
+    ending: str
+
+
+def fit(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    train: Split | Stream,
+    validation: Split,
+    schedule: Schedule,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+    test: Split | None = None,
+    keep: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda epoch, means: None,
+) -> Fitted:
+    """Trains until `schedule` says stop, and keeps the variables that do best on validation, or
+    those of the epoch `keep`.
+
+    Every evaluation, the one before the first step included, adds a row to the history,
+    {"epoch", "loss", "validation_loss", "validation": {metric: value}, "solver": {…} of the
+    validation rows, "train": {…} means over the good steps since the last row and the number of
+    "bad_steps", "gates", "seconds"}, and hands it to `report`. Where a save is due, and at the end,
+    a checkpoint is saved; where `checkpoints` holds any, training goes on from the newest whole
+    one. With `test` every row also has "test": {metric: value}, which nothing here looks at. Once
+    `stop` says so, what there is is saved and a StoppedError raised.
+
+    A `Stream` is trained on step by step, so there a checkpoint may lie within an epoch, and
+    `progress` is told of every step: the epoch with its fraction, and a function of no arguments
+    that fetches the means so far. Within a mesh (`jax.set_mesh`, see
+    `experiments.training.devices`) every batch is sharded over the devices.
+    """
+    rows = feed(train)
+    batch_size = share_of(schedule.batch_size, rows.rows)
+    state = init_state(task, optimiser, rows.examples, seed)
+    splits = put(validation), put(test)
+    training = Training(task, schedule, *splits, keep, checkpoints, state, copied(state.learned))
+    training.restore()
+    if not training.history:
+        training.evaluate(epoch=0)
+    for row in training.history:
+        report(row)
+    while not training.ending():
+        train_to_next_evaluation(training, optimiser, rows, batch_size, stop, progress)
+        epoch = training.next_epoch()
+        training.evaluate(epoch)
+        due, stopped = training.asked(stop)
+        over = training.ending()
+        if due or over:
+            training.save()
+        report(training.history[-1])
+        if stopped and not over:
+            raise StoppedError(f"epoch {epoch} is saved")
+    return training.fitted()
+
+
+def train_to_next_evaluation(
+    training: "Training",
+    optimiser: optax.GradientTransformation,
+    rows: Resident | Streamed,
+    batch_size: int,
+    stop: Callable[[], bool],
+    progress: Progress,
+) -> None:
+    """The steps from here to the end of the next epoch that is evaluated; saves on the way."""
+    batches = rows.rows // batch_size
+    training.began = time.monotonic() - training.seconds
+    first, end = training.step, training.next_epoch() * batches
+    steps = rows.steps(training.task, optimiser, training.state, batch_size, first, end)
+    for step, state, seen in steps:
+        training.step, training.state = step, state
+        training.sums = _added(training.sums, seen)
+        if step < end:
+            progress(step / batches, training.means)
+            due, stopped = training.asked(stop)
+            if due:
+                training.seconds = time.monotonic() - training.began
+                training.save()
+            if stopped:
+                raise StoppedError(f"step {step} is saved")
+
+
+@dataclasses.dataclass
+class Training:
+    """A training under way: all that a checkpoint holds, and what is done between two epochs.
+
+    Attributes:
+      task, schedule, validation, test, keep, checkpoints: as `fit` was given them.
+      state: after `step` steps; its buffers are donated to the next one.
+      best, best_epoch: the variables to keep so far, and their epoch.
+      history: one row an evaluation.
+      sums: of what the steps saw since the last row.
+      seconds: that these steps took, as of the last save.
+      began: when they began, by the monotonic clock, less the seconds before a restart.
+    """
+
+    task: Task
+    schedule: Schedule
+    validation: Split
+    test: Split | None
+    keep: int | None
+    checkpoints: Checkpoints | None
+    state: TrainState
+    best: Variables
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    sums: Seen = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    began: float = 0.0
+    step: int = 0
+
+    def restore(self) -> None:
+        """Goes on from the newest whole checkpoint, if there is one."""
+        tree = {"state": self.state, "best": self.best}
+        saved = self.checkpoints and self.checkpoints.restore(tree)
+        if saved:
+            self.step, tree, metadata = saved
+            self.state, self.best = tree["state"], tree["best"]
+            self.history, self.best_epoch = metadata["history"], metadata["best_epoch"]
+            self.sums = jax.tree.map(jnp.float32, metadata["sums"])
+            self.seconds = metadata["seconds"]
+
+    def save(self) -> None:
+        if self.checkpoints:
+            metadata = {"history": self.history, "best_epoch": self.best_epoch}
+            metadata |= {"sums": _floats(self.sums), "seconds": self.seconds}
+            tree = {"state": self.state, "best": self.best}
+            self.checkpoints.save(self.step, tree, metadata)
+            release_memory()
+
+    def asked(self, stop: Callable[[], bool]) -> tuple[bool, bool]:
+        """Whether to save, and whether to stop then; all processes have to ask."""
+        due, stopped = any_process(bool(self.checkpoints and self.checkpoints.due()), stop())
+        return due or stopped, stopped
+
+    def next_epoch(self) -> int:
+        """The next one to be evaluated."""
+        return min(self.history[-1]["epoch"] + self.schedule.evaluate_every, self.schedule.epochs)
+
+    def evaluate(self, epoch: int) -> None:
+        """Adds a row to the history, and keeps the variables if they are the ones to keep."""
+        row = _row(self.task, self.state.learned, self.validation, self.test, self.means())
+        seconds = 0.0
+        if self.history:
+            seconds = self.history[-1]["seconds"] + time.monotonic() - self.began
+        self.history.append({"epoch": epoch} | row | {"seconds": seconds})
+        self.sums, self.seconds = {}, 0.0
+        how = self.keep, self.task.monitor, self.schedule.smooth
+        if epoch and _is_chosen(self.history, self.best_epoch, *how):
+            self.best, self.best_epoch = copied(self.state.learned), epoch
+
+    def means(self) -> dict[str, float]:
+        """Of what the steps saw since the last row."""
+        return _means(self.sums)
+
+    def ending(self) -> str | None:
+        """Why training is over; None where it is not."""
+        return _ending(self.history, self.best_epoch, self.schedule, int(self.state.bad))
+
+    def fitted(self) -> Fitted:
+        ending = self.ending()
+        assert ending is not None
+        return Fitted(self.best, self.state, self.history, self.best_epoch, ending)
+
+
+def refit(
+    chosen: Fitted,
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    dataset: Dataset,
+    schedule: Schedule,
+    *args: Any,
+    **options: Any,
+) -> Fitted:
+    """Trains anew on the validation rows too, as long as before, and keeps the epoch chosen then.
+
+    The other arguments are those of `fit`. What the history says of the validation rows is no
+    validation. Where it comes to no finite score in the chosen epoch, the first training stands.
+    """
+    assert dataset.validation is not None
+    everyone = join(dataset.train, dataset.validation)
+    schedule = schedule._replace(epochs=chosen.history[-1]["epoch"], patience=None)
+    options["keep"] = chosen.best_epoch
+    again = fit(task, optimiser, everyone, dataset.validation, schedule, *args, **options)
+    return again if again.best_epoch == chosen.best_epoch else chosen
+
+
+def _row(
+    task: Task, learned: Variables, validation: Split, test: Split | None, means: dict[str, float]
+) -> dict[str, Any]:
+    """What an evaluation adds to the history."""
+    result = evaluate(task, learned, validation)
+    watched = {"test": evaluate(task, learned, test).metrics} if test else {}
+    return {
+        "loss": means.get("loss"),
+        "validation_loss": result.loss,
+        "validation": result.metrics,
+        "solver": _floats(solver_means(result.stats)) or None,
+        "train": means,
+        "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
+        **watched,
+    }
+
+
+def _is_chosen(
+    history: list[dict[str, Any]], best_epoch: int, keep: int | None, monitor: str, smooth: int
+) -> bool:
+    """Whether the newest epoch is the one to keep, or better than the best one before."""
+    scores = [row["validation"][monitor] for row in history]
+    best = next(i for i, row in enumerate(history) if row["epoch"] == best_epoch)
+    if keep is not None:
+        return history[-1]["epoch"] == keep and bool(np.isfinite(scores[-1]))
+    score, highest = (np.mean(scores[: end + 1][-smooth:]) for end in (len(scores) - 1, best))
+    return bool(score > highest or (np.isfinite(score) and not np.isfinite(highest)))
+
+
+def _ending(
+    history: list[dict[str, Any]], best_epoch: int, schedule: Schedule, bad: int
+) -> str | None:
+    """Why training is over; None where it is not."""
+    epoch = history[-1]["epoch"]
+    if epoch >= schedule.epochs:
+        return f"all {schedule.epochs} epochs are done"
+    if bad >= schedule.bad_steps:
+        return f"the last {bad} steps were bad: no finite gradient, or inputs out of all range"
+    since = sum(row["epoch"] > best_epoch for row in history)
+    if schedule.patience is not None and since >= schedule.patience:
+        return f"no gain on validation since epoch {best_epoch}, {since} evaluations ago"
+    return None
+
+
+# --- what the steps saw ------------------------------------------------------------------------
+
+
+@jax.jit
+def _added(sums: Seen, seen: Seen) -> Seen:
+    """Sums over the good steps, {name: []}, and "bad" over all, and "steps", with some more."""
+    good = seen["bad"] == 0
+    more = {name: jnp.sum(jnp.where(good, x, 0)) for name, x in seen.items()}
+    more |= {"bad": jnp.sum(seen["bad"]), "steps": jnp.float32(good.size)}
+    return {name: sums.get(name, 0.0) + x for name, x in more.items()}
+
+
+def _means(sums: Seen) -> dict[str, float]:
+    """Means over the good steps, NaN where there was none, and the number of bad steps."""
+    if not sums:
+        return {}
+    found = _floats(sums)
+    bad = found.pop("bad")
+    good = found.pop("steps") - bad
+    return {name: x / good if good else float("nan") for name, x in found.items()} | {
+        "bad_steps": bad
+    }
+
+
+def _floats(tree: PyTree) -> PyTree:
+    return jax.tree.map(float, tree)
