@@ -13,7 +13,7 @@ def _not_installed() -> list[str]:
     project = tomllib.loads(text)["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["experiments"]
     missing = []
-    for name in (re.match(r"[\w.-]+", requirement)[0] for requirement in needed):
+    for name in (re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in needed):
         try:
             metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -100,6 +100,7 @@ def data(tmp_path_factory):
     return write_rosmap(tmp_path_factory.mktemp("ablation") / "data")
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_and_goes_on(main, data, tmp_path):
     folder = tmp_path / "ablation"
 

@@ -56,6 +56,7 @@ def main(run_command):
     return partial(run_command, benchmark.main)
 
 
+@pytest.mark.slow
 class TestQuickRun:
     def test_everybody_who_is_installed_takes_part(self, quick, rows):
         expected = {*OWN, *PLAIN, "jaxopt", "jaxopt, BiCGStab", "floor"}
@@ -148,6 +149,7 @@ def test_every_round_times_everyone_once_in_rotating_order():
     assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+@pytest.mark.slow
 class TestTraining:
     LESSON = Lesson("made up", 16, (16, 64, 2), dropout=0.0)  # a step is an epoch
 
@@ -303,6 +305,7 @@ class TestTable:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_depth_and_scaling(self, main, tmp_path, monkeypatch):
         problem = make_problem((4, 32, 2), 0)
         shallow = unrolled(problem, 3)  # one program, instead of one for each shape

@@ -269,6 +269,7 @@ def history(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command):
     data = rows(400)
     np.savez(tmp_path / "data.npz", **data.inputs, labels=data.labels.astype(int))

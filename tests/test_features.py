@@ -49,6 +49,7 @@ def around(sign, *shape):
     return sign.reshape(-1, *(1 for _ in shape)) + 0.7 * RNG.standard_normal((N, *shape))
 
 
+@pytest.mark.slow
 def test_classes_that_show_in_both_modalities_together(results):
     """An exclusive or: one modality alone is worth a coin."""
     labels = (SIGN["a"] * SIGN["b"] > 0).astype(int)

@@ -1,6 +1,6 @@
 """Hard problems for the fusion layer, and for training: finite answers, and honest statistics.
 
-python -m pytest tests/test_hard.py -m slow      (whole runs on the sample, some of it corrupted)
+python -m pytest tests/test_hard.py -m endurance    (whole runs on the sample, partly corrupted)
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ def macro_f1(run):
     return row["validation"]["macro_f1"]
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("spoiler", SPOILERS)
 def test_one_batch_in_twenty_corrupted(sample, clean, spoiler):
     rows = Faulty(sample.dataset.stream, SPOILERS[spoiler])
@@ -144,7 +144,7 @@ def test_one_batch_in_twenty_corrupted(sample, clean, spoiler):
     assert macro_f1(run) > clean - 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("factor", [100, 1000])
 def test_a_learning_rate_far_too_high(sample, factor):
     config = dataclasses.replace(mmimdb.SAMPLE, learning_rate=factor * 1e-3)
@@ -154,7 +154,7 @@ def test_a_learning_rate_far_too_high(sample, factor):
     assert finite(run.last.variables) and run.ending == "all 5 epochs are done"
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("factor", [30, 1e6])
 def test_weights_with_which_nothing_converges(sample, monkeypatch, factor):
     begin = train.init_state

@@ -12,6 +12,7 @@ NAMES = ("a", "b", "c", "d", "e")
 SAMPLES = 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "seeds"), [(64, (0, 1)), (256, (2,)), (512, (3,))])
 def test_every_sample_converges_within_30_steps(features, seeds):
     """64 samples each of N(0, s²) and of its positive part, with 2, 3 and 5 modalities.

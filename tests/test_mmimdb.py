@@ -74,7 +74,13 @@ def history_of(run_dir):
 
 
 class TestFeatures:
-    @pytest.mark.parametrize("fusion", FUSIONS)
+    @pytest.mark.parametrize(
+        "fusion",
+        [
+            name if name in ("deq", "concat") else pytest.param(name, marks=pytest.mark.slow)
+            for name in FUSIONS
+        ],
+    )
     def test_every_fusion_trains(self, main, small, tmp_path, fusion):
         run_dir = tmp_path / "run"
         options = () if fusion == "deq" else ("--jacobian-weight", 0)
@@ -99,6 +105,7 @@ class TestFeatures:
         again = mmimdb.parse_args(shlex.split(command)[3:])
         assert again == dataclasses.replace(config, run_dir=None)
 
+    @pytest.mark.slow
     def test_warm_starts_save_steps(self, main, small, tmp_path):
         status, out, _ = main(
             "--data-dir", small, "--fusion", "deq", "--run-dir", tmp_path / "run",

@@ -51,6 +51,7 @@ def floor_of(run_dir, name):
 
 
 class TestUtterances:
+    @pytest.mark.slow
     def test_real(self, main, tmp_path):
         run_dir = tmp_path / "run"
         status, out, _ = main(
@@ -142,6 +143,7 @@ class TestAligned:
         assert floor[5] == pytest.approx(np.abs(labels - mean).mean(), abs=5.1e-4)
         assert floor[0] == pytest.approx(np.mean(np.round(labels) == np.round(mean)), abs=5.1e-4)
 
+    @pytest.mark.slow
     def test_states_and_audio(self, main, aligned, tmp_path):
         rng = np.random.default_rng(0)
         sizes = {"train": 21, "validation": 7, "test": 14}

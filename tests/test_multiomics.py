@@ -91,6 +91,7 @@ def expected_floor(folder):
     return [*scores, roc_auc_score(test_labels, p)]
 
 
+@pytest.mark.slow
 def test_rosmap(main, tmp_path):
     if not ROSMAP.is_dir():
         pytest.skip(f"the real data of ROSMAP are not in {ROSMAP}")
@@ -114,6 +115,7 @@ def test_rosmap(main, tmp_path):
     assert "Alzheimer's disease" in report
 
 
+@pytest.mark.slow
 def test_files_of_the_same_form(main, made_up, tmp_path):
     """The first columns of every table tell the class: a few epochs learn it."""
     run_dir = tmp_path / "run"
@@ -144,6 +146,7 @@ def test_random_splits_are_of_all_rows_and_keep_the_classes(home, made_up):
     assert rows(one.test) != rows(other.test)
 
 
+@pytest.mark.slow
 def test_random_splits_and_both_other_selections_are_reported(main, made_up, tmp_path):
     run_dir = tmp_path / "run"
     status, _, err = main(

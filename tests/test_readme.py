@@ -1,5 +1,7 @@
 """What README and the pages beside it say runs: snippets, commands, files."""
 
+import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -50,6 +52,21 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         experiment.parse_args(arguments)
 
 
+@pytest.mark.parametrize("call", re.findall(r"`((?:[A-Z]\w+)\([^`)]*\))`", README))
+def test_defaults_in_tables_are_the_defaults(call):
+    """`Anderson(history=5, …)` in a table is what Anderson() is."""
+    rule = eval(call, vars(deq_fusion_jax))
+    assert rule == type(rule)()
+
+
+def test_shared_options_of_solvers_are_all_listed():
+    table = README.split("| option of all three |")[1].split("\n\n")[0]
+    listed = re.findall(r"\| `(\w+)` \| (\S+) \|", table)
+    shared = dataclasses.fields(deq_fusion_jax.Picard)
+    assert [name for name, _ in listed] == [field.name for field in shared]
+    assert [ast.literal_eval(value) for _, value in listed] == [f.default for f in shared]
+
+
 def test_set_up_is_one_line_each():
     lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert [line.split(" -m ")[-1] for line in lines] == ["experiments.mmimdb", "pytest -n 2"]
@@ -67,10 +84,16 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, link
 
 
-def test_files_of_the_library_are_all_listed():
-    listed = set(re.findall(r"^\| `(\w+\.py)`", README, re.MULTILINE))
+def test_files_and_rooms_are_all_listed():
+    library, experiments = README.split("## Design")[1].split("The experiments, likewise")
+    listed = re.findall(r"^\| `(\w+\.py)`", library, re.MULTILINE)
     there = {path.name for path in (ROOT / "deq_fusion_jax").glob("*.py")}
-    assert listed == there - {"__init__.py"}
+    assert set(listed) == there - {"__init__.py"}
+    first_cells = re.findall(r"^\| (`[^|]*)\|", experiments.split("\n\n## ")[0], re.MULTILINE)
+    listed = {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    files = {path.name for path in (ROOT / "experiments").glob("*.py")} - {"__init__.py"}
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "experiments").glob("*/__init__.py")}
+    assert listed == files | rooms
 
 
 def test_tables_of_readme_are_those_of_the_pages_it_links_to():

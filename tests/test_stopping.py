@@ -1,6 +1,6 @@
 """SIGTERM and SIGKILL: nothing is lost, and the message says how to go on.
 
-python -m pytest tests/test_stopping.py -m slow      (kills a run twenty times)
+python -m pytest tests/test_stopping.py -m endurance      (kills a run twenty times)
 """
 
 import json
@@ -66,7 +66,8 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
     run_dir = tmp_path / "run"
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command(tmp_path, run_dir), cwd=ROOT, env=environment, **pipes)
+    words = command(tmp_path, run_dir, "--patience", 4000)  # or it may be over before
+    running = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
     wait_for(run_dir / "metrics.jsonl", running)
     time.sleep(1)
     running.send_signal(signal.SIGTERM)
@@ -95,7 +96,7 @@ def arrays_of(folder):
         return manager.restore(manager.latest_step(), args=args).state
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_killed_twenty_times_is_the_uninterrupted_run(tmp_path):
     """By SIGKILL at random moments, every second time while a checkpoint is being written."""
     rng = np.random.default_rng(0)

@@ -439,6 +439,7 @@ class TestWarmStarts:
         task, schedule = self.task(deq, warm, **options), Schedule(epochs, batch_size=8)
         return fit(task, optimiser, deq.train, deq.validation, schedule, 3, checkpoints)
 
+    @pytest.mark.slow
     def test_every_row_gets_its_own_equilibrium_and_adjoint_back(self, deq):
         task, still = self.task(deq), optax.sgd(0.0)
         state = init_state(task, still, deq.train.inputs, 3)
@@ -457,6 +458,7 @@ class TestWarmStarts:
         assert first["mean_steps"] > 3 and first["backward_steps"] > 3
         assert second["mean_steps"] == second["backward_steps"] == 1
 
+    @pytest.mark.slow
     def test_what_is_learned_is_the_same_in_fewer_steps(self, deq):
         cold, warm = (self.fit(deq, optax.adam(1e-4), on).history for on in (False, True))
         for key in ("loss", "validation_loss"):

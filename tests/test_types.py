@@ -20,6 +20,8 @@ from deq_fusion_jax.injection import Inject
 from experiments.benchmarks import types as benchmark_types
 from experiments.benchmarks.types import BFLOAT16, FLOAT32, FLOAT64, PRECISIONS, WIDE_STATE
 
+pytestmark = pytest.mark.slow  # the fixtures compile every type at every tolerance
+
 SHAPE, TOL = (8, 64, 2), 8e-3  # TOL is the common one, and bfloat16's finest
 FINEST = 1e-12  # of float64
 EPS16 = float(jnp.finfo(jnp.bfloat16).eps)  # 7.8e-3

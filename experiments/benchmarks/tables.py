@@ -49,7 +49,7 @@ def layer_tables(rows: Sequence[Row], details: bool = True) -> list[str]:
     lines += ["Batch × channels, M modalities; median milliseconds of the rounds, and evaluations"]
     lines += ["of f / of its vector–Jacobian product by the slowest sample, of the staged ones the"]
     lines += ["larger of the two parts'."]
-    lines += ["* missed the tolerance over the batch."]
+    lines += ["", r"\* The tolerance was missed over the batch."]
     for tol in distinct(rows, "tolerance"):
         chosen = [row for row in rows if row["tolerance"] == tol]
         lines += ["", f"### Tolerance {tol:g}", "", markdown_table(_overview(chosen), width=120)]
@@ -216,7 +216,7 @@ def scaling_tables(rows: Sequence[Row], fitted: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     lines = ["", "## Scaling", "", "Median milliseconds (evaluations of f), temporaries in MB."]
-    lines += ["* missed the tolerance over the batch."]
+    lines += ["", r"\* The tolerance was missed over the batch."]
     for axis in distinct(rows, "axis"):
         chosen = [row for row in rows if row["axis"] == axis]
         names = distinct(chosen, "contender")

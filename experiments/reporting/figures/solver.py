@@ -107,11 +107,13 @@ def steps_by_radius(solves: Mapping[str, tuple[ArrayLike, ArrayLike]], tol: floa
     """
     figure, (axes,) = row(1, width=5.2, height=3.6)
     most, lowest, highest = 1.0, 1.0, 1.0
-    for i, (name, (radius, steps)) in enumerate(solves.items()):
+    for i, (name, solved) in enumerate(solves.items()):
+        radius, steps = map(np.asarray, solved)
         style = {"color": CYCLE[i], "marker": MARKERS[i], "linestyle": "", "alpha": 0.5}
         axes.plot(radius, steps, markersize=4, label=name, markeredgewidth=0, **style)
-        most = max(most, np.max(steps))
-        lowest, highest = min(lowest, np.min(radius)), max(highest, np.max(radius))
+        most = max(most, float(np.max(steps)))
+        lowest = min(lowest, float(np.min(radius)))
+        highest = max(highest, float(np.max(radius)))
     rho = np.linspace(0.8 * lowest, 0.999, 400)
     axes.plot(rho, np.log(tol) / np.log(rho), color=GREY, linestyle="--", label="ln tol / ln ρ")
     axes.axvline(1, color=GREY, linewidth=0.8)

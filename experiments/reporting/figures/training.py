@@ -91,7 +91,7 @@ def solver_health(history: History) -> Figure:
     radius = _column(history, "solver", "spectral_radius")
     residual = _column(history, "solver", "residual")
     has_residual, has_radius = np.isfinite(residual).any(), np.isfinite(radius).any()
-    figure, axes = stack(2 + has_residual + has_radius)
+    figure, axes = stack(2 + int(has_residual) + int(has_radius))
     epoch = [row["epoch"] for row in history]
     _plot_steps(axes[0], epoch, history)
     _plot_converged(axes[1], epoch, history)
