@@ -1,10 +1,14 @@
-"""The other fusions, called the same way as `DEQFusion`: (inputs, mask, train) → `FusionOutput`.
+"""The other fusions, called like `deq_fusion_jax.DEQFusion`: (inputs, mask, train) → FusionOutput.
 
 `inputs` are {modality: [B, …, d_i]}, alike but for d_i, and `mask` tells which modalities a sample
-has, as in `DEQFusion`; `fused` is [B, …, features]. A missing modality may hold anything, NaN
+has, as in `DEQFusion`; `fused` is h, [B, …, features]. A missing modality may hold anything, NaN
 included, and leaves the fusion: masking it is the same as applying the same parameters to the
 inputs without it. What a fusion does not have is None in the output. Modalities are taken in
 alphabetical order, whatever the order of the dict.
+
+In the formulas $x_i$ are the inputs of modality i. Where a fusion does not say otherwise,
+`features` is the width of h, `dropout` is the rate on h with `train=True`, from the rng "dropout",
+and `dtype` is that of the computation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +30,21 @@ from deq_fusion_jax.per_sample import relative_residual
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats
 
+__all__ = [
+    "FUSIONS",
+    "GMU",
+    "Attention",
+    "Concat",
+    "LowRank",
+    "Sum",
+    "Unimodal",
+    "WeightTied",
+    "make_fusion",
+]
+
 
 class _Baseline(nn.Module):
-    """What the fusions without a cell share; each of them is its `fuse`.
-
-    Attributes:
-      dropout: rate on the fused features with `train=True`, from the rng "dropout".
-      dtype: computation dtype.
-    """
+    """What the fusions without a cell share; each of them is its `fuse`."""
 
     features: int
     _: KW_ONLY
@@ -60,7 +71,12 @@ class _Baseline(nn.Module):
 
 
 class Unimodal(_Baseline):
-    """The modality of that name alone, projected if its width differs; 0 where it is missing."""
+    """The modality of that name alone, 0 where it is missing:
+
+    $$h = x_m,$$
+
+    projected to `features` if its width differs.
+    """
 
     modality: str
 
@@ -72,7 +88,12 @@ class Unimodal(_Baseline):
 
 
 class Sum(_Baseline):
-    """Σ_i x_i over the modalities present, each projected to `features` if its width differs."""
+    """The sum over the modalities present,
+
+    $$h = ∑_i x_i,$$
+
+    each projected to `features` if its width differs.
+    """
 
     def fuse(self, x, present):
         return sum(present[i] * self.project(i, x[i]) for i in x), None
@@ -100,7 +121,9 @@ class ConcatDense(nn.Module):
 
 
 class Concat(_Baseline):
-    """ReLU(W [x_1; …; x_M] + b), with zeros in the place of a missing modality.
+    r"""A linear layer on the concatenated modalities, with zeros in the place of a missing one:
+
+    $$h = \mathrm{ReLU}(W [x_1; …; x_M] + b).$$
 
     Without the ReLU this would be the `Sum` of projected modalities once more.
     """
@@ -110,15 +133,17 @@ class Concat(_Baseline):
 
 
 class GMU(_Baseline):
-    """Gated multimodal unit: h = Σ_i z_i ⊙ h_i over the modalities present, with
+    r"""Gated multimodal unit: every modality has a gate that sees all of them,
 
-        h_i = tanh(W_i x_i + b_i),   z_i = σ(W_zi [x_1; …; x_M] + b_zi),
+    $$h = ∑_i z_i ⊙ h_i, \qquad h_i = \tanh(W_i x_i + b_i), \qquad
+    z_i = σ(W_{zi} [x_1; …; x_M] + b_{zi}),$$
 
-    zeros in the place of a missing x_i. `gates` are the z_i, [B, …, features].
+    over the modalities present, with zeros in the place of a missing $x_i$. `gates` are the $z_i$,
+    [B, …, features].
 
     Attributes:
       tied: z = softmax over the modalities present in place of the independent sigmoids. For two
-        modalities that is the paper's bimodal unit, h = z ⊙ h_1 + (1 − z) ⊙ h_2.
+        modalities that is the paper's bimodal unit, $h = z ⊙ h_1 + (1 − z) ⊙ h_2$.
 
     Source: Arevalo et al., "Gated Multimodal Units for Information Fusion", 2017; biases added.
     """
@@ -137,12 +162,19 @@ class GMU(_Baseline):
 
 
 class LowRank(_Baseline):
-    """Low-rank multimodal fusion (LMF): h = Σ_r w_r Π_i (W_i^r [x_i; 1]) + b.
+    r"""Low-rank multimodal fusion (LMF): a sum of products over the modalities,
 
-    The contraction of [x_1; 1] ⊗ … ⊗ [x_M; 1] with the weight tensor Σ_r w_r W_1^r ⊗ … ⊗ W_M^r,
-    which is never formed. A missing modality leaves the product. The start, W ~ N(0, 1/(d_i+1)) and
-    w_r = 1/√rank, gives h unit variance for inputs of unit variance, whatever M is.
+    $$h = ∑_r w_r ∏_i (W_i^r [x_i; 1]) + b.$$
+
+    It is the contraction of $[x_1; 1] ⊗ … ⊗ [x_M; 1]$ with the weight tensor
+    $∑_r w_r W_1^r ⊗ … ⊗ W_M^r$, which is never formed. A missing modality leaves the product. The
+    start, $W_i^r ∼ \mathcal{N}(0, 1/(d_i + 1))$ and $w_r = 1/\sqrt{R}$ with the rank R, gives h
+    unit variance for inputs of unit variance, whatever M is.
+
     Parameters: `factor_<modality>` [rank, d_i + 1, features], `weights` [rank], `bias` [features].
+
+    Attributes:
+      rank: R, how many products are summed.
 
     Source: Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors", 2018.
     """
@@ -166,11 +198,11 @@ class LowRank(_Baseline):
 
 
 class Attention(_Baseline):
-    """One layer of self-attention over the modalities as tokens, and their mean:
+    r"""One layer of self-attention over the modalities as tokens, and their mean:
 
-        t_i = x_i + e_i,   h = mean_i (t_i + MHA(LN(t))_i)
+    $$t_i = x_i + e_i, \qquad h = \mathrm{mean}_i (t_i + \mathrm{MHA}(\mathrm{LN}(t))_i)$$
 
-    over the modalities present; x_i is projected if its width differs and e_i is learned. In
+    over the modalities present; $x_i$ is projected if its width differs and $e_i$ is learned. In
     [B, T, d] every position attends to the modalities at the same position. The attention has no
     biases: a key's would never get a gradient.
 
@@ -199,7 +231,9 @@ class Attention(_Baseline):
 
 
 class WeightTied(CellFusion):
-    """The weight-tied unroll: `steps` steps z_{k+1} = f(z_k) from z_0 = 0, by backpropagation.
+    r"""The weight-tied unroll: `steps` steps from zero, differentiated by backpropagation,
+
+    $$z_{k+1} = f(z_k), \qquad z_0 = 0.$$
 
     f is the cell of `DEQFusion` with the same parameters, so each takes the other's variables. The
     output is alike; `stats` have the residual of the returned z, one more evaluation of f.
@@ -208,7 +242,7 @@ class WeightTied(CellFusion):
       steps: K, the depth.
       tol: relative residual at which `stats.converged` is True; it changes no step.
       remat: recompute the inside of a step in the backward pass instead of storing it.
-      features and the others: see `CellFusion`, and there for the call and its errors.
+      features and the others: see `DEQFusion`, and there for the call and its errors.
     """
 
     steps: int = 10
@@ -250,6 +284,7 @@ FUSIONS: dict[str, Callable[..., nn.Module]] = {
     "lmf": LowRank,
     "attention": Attention,
 }
+"""The fusions by the names that the command line has for them."""
 
 
 def make_fusion(name: str, features: int, modalities: Sequence[str], **options: Any) -> nn.Module:

@@ -1,13 +1,7 @@
 """The maps of the paper as flax.linen modules (§3.1–3.2).
 
-The state is one equilibrium z_i per modality and one fused equilibrium z_f, all with d channels:
-
-    f_i:     z_i ← GN(ReLU(GN(W_2 ReLU(GN(W_1 z_i + b_1)) + b_2 + x_i) + z_i))
-    f_fuse:  z_f ← GN(ReLU(W_f Σ_i z_f ⊙ α_i + b_f + x_f)),   α_i = W_g (z_i + z_f) + b_g
-
-with GN group normalisation over the channels, x_i the injected features of modality i and
-x_f = Σ_i w_i x_i + b. `ModalityBlock` is f_i, `FusionBlock` is f_fuse, and `FusionCell` is both as
-one map of the whole state.
+`ModalityBlock` is f_i, the map of a modality's equilibrium, `FusionBlock` is f_fuse, that of the
+fused one, and `FusionCell`, which has the formulas, is both as one map of the whole state.
 """
 
 from functools import partial
@@ -23,7 +17,7 @@ from deq_fusion_jax.state import Map
 
 
 class FusionState(NamedTuple):
-    """The unknowns: one equilibrium per modality and the fused one, each [B, …, d]."""
+    """The unknowns: one equilibrium $z_i$ per modality and the fused one $z_f$, each [B, …, d]."""
 
     modalities: Modalities
     fused: jax.Array
@@ -72,19 +66,31 @@ class FusionBlock(nn.Module):
 
 
 class FusionCell(nn.Module):
-    """The whole map f: (FusionState, Injection) → FusionState.
+    r"""The maps of the paper (§3.1–3.2) as one map of the whole state.
 
-    The fused part reads the new z_i and the old z_f. A missing modality keeps z_i = 0 and leaves
-    the sums, so masking it is the same as leaving it out. The gate is affine and shared, so
-    Σ_i α_i = M (W_g (mean_i z_i + z_f) + b_g) over the M modalities present: one product.
+    The state is one equilibrium $z_i$ per modality and one fused equilibrium $z_f$, all with d
+    channels. The map of a modality, $f_i$, and the fused one, $f_\mathrm{fuse}$, are
+
+    $$z_i ← \mathrm{GN}(\mathrm{ReLU}(\mathrm{GN}(W_2 h_i + b_2 + x_i) + z_i)), \quad
+    h_i = \mathrm{ReLU}(\mathrm{GN}(W_1 z_i + b_1)),$$
+    $$z_f ← \mathrm{GN}(\mathrm{ReLU}(W_f ∑_i z_f ⊙ α_i + b_f + x_f)), \quad
+    α_i = W_g (z_i + z_f) + b_g,$$
+
+    with GN group normalisation over the channels, $x_i$ the injected features of modality i and
+    $x_f = ∑_i w_i x_i + b$. The fused part reads the new $z_i$ and the old $z_f$. A missing
+    modality keeps $z_i = 0$ and leaves the sums, so masking it is the same as leaving it out. The
+    gate is affine and shared, so the sum over the M modalities present is one product:
+
+    $$∑_i α_i = M (W_g (\mathrm{mean}_i\, z_i + z_f) + b_g).$$
 
     Attributes:
-      modalities: names, one `ModalityBlock` each.
+      modalities: names, each with an $f_i$ of its own.
       features: d, a multiple of `groups`.
       groups: of the group normalisation.
-      gate_scale: factor on the gate's initial weights W_g; 1 in the paper's code.
-      residual_scale: factor on the initial weights W_2; 1 in the paper's code.
-      activation_last: see `FusionBlock`.
+      gate_scale: factor on the gate's initial weights $W_g$; 1 in the paper's code.
+      residual_scale: factor on the initial weights $W_2$; 1 in the paper's code.
+      activation_last: ReLU(GN(·)) in place of GN(ReLU(·)) in the fused map, the paper's MM-IMDB
+        variant.
       dtype: computation dtype of the layers.
     """
 
@@ -112,7 +118,7 @@ class FusionCell(nn.Module):
         return FusionState(modalities, self._fuse(z.fused, gates, injection))
 
     def step_modalities(self, z: Modalities, injection: Injection) -> Modalities:
-        """f_i of every modality, which reads nothing of the others."""
+        """$f_i$ of every modality, which reads nothing of the others."""
         present, dropout = injection.present, injection.dropout or {}
         return {
             name: present[name] * self.blocks[name](z[name], x, dropout.get(name, 1))
@@ -120,12 +126,15 @@ class FusionCell(nn.Module):
         }
 
     def held_gates(self, modalities: Modalities, injection: Injection) -> jax.Array:
-        """What Σ_i α_i does not owe to z_f, M (W_g mean_i z_i + b_g), for `step_fused`."""
+        r"""What $∑_i α_i$ does not owe to $z_f$, for `step_fused`:
+
+        $$M (W_g\, \mathrm{mean}_i\, z_i + b_g).$$
+        """
         count, mean = _count_and_mean(modalities, injection)
         return count * self.fusion.gate(mean)
 
     def step_fused(self, fused: jax.Array, held: jax.Array, injection: Injection) -> jax.Array:
-        """f_fuse with the modalities at rest."""
+        r"""$f_\mathrm{fuse}$ with the modalities at rest."""
         kernel = self.fusion.gate.variables["params"]["kernel"].astype(fused.dtype)
         gates = held + _count(injection) * (fused @ kernel)
         return self._fuse(fused, gates, injection)
@@ -134,7 +143,7 @@ class FusionCell(nn.Module):
         return self.fusion(fused, gates, injection.fused, (injection.dropout or {}).get("fused", 1))
 
     def gates(self, z: FusionState, injection: Injection) -> Modalities:
-        """α_i = W_g (z_i + z_f) + b_g per modality, 0 where it is missing."""
+        """$α_i = W_g (z_i + z_f) + b_g$ per modality, 0 where it is missing."""
         return {
             name: injection.present[name] * self.fusion.gate(z_i + z.fused)
             for name, z_i in z.modalities.items()

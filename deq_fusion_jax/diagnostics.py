@@ -9,10 +9,11 @@ from deq_fusion_jax.state import Map, PyTree, ravel, unraveler
 def jacobian_penalty(
     f: Map, z: PyTree, *args: PyTree, key: jax.Array | None = None, probes: int | PyTree = 2
 ) -> jax.Array:
-    """Hutchinson's estimate of ‖J‖_F² / (B·N), N the size of one sample's state.
+    r"""Hutchinson's estimate of $‖J‖_F^2 / (B N)$, J = ∂f/∂z and N the size of a sample's state:
 
-    Σ_p ‖v_pᵀ J‖² / (P·B·N) with P probes v_p ~ N(0, I). Differentiable in args and in what f closes
-    over; z is held constant, as in the paper's code.
+    $$\frac{1}{P B N} ∑_{p=1}^P ‖v_p^⊤ J‖^2, \qquad v_p ∼ \mathcal{N}(0, I).$$
+
+    Differentiable in `args` and in what f closes over; z is held constant, as in the paper's code.
 
         >>> import jax.numpy as jnp
         >>> from deq_fusion_jax import jacobian_penalty
@@ -21,7 +22,7 @@ def jacobian_penalty(
         0.25
 
     Args:
-      f: the map (z, *args) → z.
+      f: the map `(z, *args)` → z.
       z: pytree [B, …], usually the fixed point.
       key: PRNG key for the probes.
       probes: how many probes P, or the probes themselves: a pytree like z with a leading axis P.
@@ -44,10 +45,14 @@ def jacobian_penalty(
 
 
 def spectral_radius(f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int = 50) -> jax.Array:
-    """The spectral radius of J at z per sample, by power iteration; below 1, Picard converges.
+    r"""The spectral radius of J = ∂f/∂z per sample, by power iteration; below 1, Picard converges.
 
-    The geometric mean of ‖J v‖ / ‖v‖ over the second half of the steps: unlike a Rayleigh
-    quotient it also settles where the dominant eigenvalues are a complex pair. No gradient.
+    It is the geometric mean of the growth over S, the second half of the steps:
+
+    $$ρ ≈ \Big(∏_{k ∈ S} ‖J v_k‖ / ‖v_k‖\Big)^{1/|S|}, \qquad v_{k+1} = J v_k / ‖J v_k‖.$$
+
+    Unlike a Rayleigh quotient it also settles where the dominant eigenvalues are a complex pair.
+    No gradient.
 
         >>> import jax, jax.numpy as jnp
         >>> from deq_fusion_jax import spectral_radius
@@ -57,7 +62,7 @@ def spectral_radius(f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int
         [0.5]
 
     Args:
-      f: the map (z, *args) → z, each sample for itself.
+      f: the map `(z, *args)` → z, each sample for itself.
       z: pytree [B, …], usually the fixed point.
       key: PRNG key for the start vectors.
       steps: products with J, at least 2.

@@ -19,13 +19,18 @@ def deq_fixed_point(
     gradient: GradientRule = Implicit(),
     adjoint0: Adjoint | None = None,
 ) -> tuple[PyTree, SolveStats]:
-    """Solves z* = f(z*, *args) for every sample of a batch, and differentiates z* implicitly.
+    r"""The fixed point of f for every sample of a batch, differentiated implicitly:
 
-    A sample is done when ‖f(z) − z‖ / ‖f(z)‖ ≤ solver.tol over its whole state. It then stays
-    as it is, so a sample gets the same answer alone and in any batch, as long as f itself treats
-    the samples independently. A sample that does not get there returns its best finite iterate
-    and has `stats.converged` False. The residual is relative, so z* = 0 is only reached exactly,
-    and a map such as z + 1, which has no fixed point, may pass once z is large.
+    $$z^⋆ = f(z^⋆, θ),$$
+
+    with θ for `args`. A sample is done when over its whole state
+
+    $$‖f(z, θ) − z‖ / ‖f(z, θ)‖ ≤ \mathtt{tol}.$$
+
+    It then stays as it is, so a sample gets the same answer alone and in any batch, as long as f
+    itself treats the samples independently. A sample that does not get there returns its best
+    finite iterate and has `stats.converged` False. The residual is relative, so $z^⋆ = 0$ is only
+    reached exactly, and a map such as z + 1, which has no fixed point, may pass once z is large.
 
         >>> import jax, jax.numpy as jnp
         >>> from deq_fusion_jax import deq_fixed_point
@@ -37,11 +42,11 @@ def deq_fixed_point(
         (['0.74', '0.90'], [True, True])
 
     Args:
-      f: the map (z, *args) → z, each sample for itself. It may close over traced values, and they
-        get their gradients; it must not change them. Traced once.
+      f: the map `(z, *args)` → z, each sample for itself. It may close over traced values, and
+        they get their gradients; it must not change them. Traced once.
       z0: where the iteration starts: a pytree of real floating-point arrays [B, …]; a state
-        without a batch axis needs one, z0[None]. Its gradient is zero, since z* does not depend on
-        it. Give the last solution for a warm start.
+        without a batch axis needs one, `z0[None]`. Its gradient is zero, since $z^⋆$ does not
+        depend on it. Give the last solution for a warm start.
       *args: pytrees of arrays, passed on to f. Differentiated in reverse mode, any number of
         times. Forward mode raises JAX's own TypeError for a custom_vjp function.
       solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects.

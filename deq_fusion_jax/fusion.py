@@ -28,10 +28,10 @@ class FusionOutput(NamedTuple):
     Attributes:
       fused: [B, …, d] the fused features.
       modalities: the equilibrium of each modality, [B, …, d].
-      gates: α_i [B, …, d], how much of the fused state each modality lets through; 0 if missing.
+      gates: $α_i$ [B, …, d], how much of the fused state each modality lets through; 0 if missing.
       stats: `SolveStats` of the solve.
       jacobian_penalty: scalar, when an rng "jacobian" is given.
-      spectral_radius: [B] of ∂f/∂z at the result, when an rng "radius" is given.
+      spectral_radius: [B], of ∂f/∂z at the result, when an rng "radius" is given.
     """
 
     fused: jax.Array
@@ -45,24 +45,7 @@ class FusionOutput(NamedTuple):
 class CellFusion(nn.Module):
     """Fusion by iterating a `FusionCell`; a subclass says how, in `iterate`.
 
-    (inputs, mask, train, z0, adjoint0) → `FusionOutput`. `inputs` are [B, d_i], [B, T, d_i] or
-    [B, H, W, d_i] by modality, alike but for d_i. `mask` tells which modalities a sample has: bool
-    or 0/1, {name: [B]} or [B, M] with columns in alphabetical order of the names. With
-    `train=True`, dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState`
-    to start from, zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where the
-    backward solve of `DEQFusion` starts. An rng "jacobian" asks for the Jacobian penalty at the
-    result, an rng "radius" for the spectral radius there.
-
-    Attributes:
-      features: d, the width of every equilibrium.
-      groups, gate_scale, residual_scale, activation_last, dtype: see `FusionCell`.
-      lift: the root mean square c that small inputs are raised to; see `lift_scale`.
-      dropout: rate on W_2 h of every modality and on the gates.
-      jacobian_probes: of `jacobian_penalty`.
-      cell_type: the map that is iterated, `FusionCell` or a subclass.
-
-    Raises:
-      ValueError: an input or the mask has a wrong shape or dtype; the message names the modality.
+    `DEQFusion` describes the call, its errors and the attributes.
     """
 
     features: int
@@ -133,7 +116,9 @@ class CellFusion(nn.Module):
 
 
 class DEQFusion(CellFusion):
-    """Deep equilibrium fusion of named modalities: the cell at its fixed point.
+    r"""Deep equilibrium fusion of named modalities: a `FusionCell` f at its fixed point,
+
+    $$z^⋆ = f(z^⋆, x), \qquad z^⋆ = (z_1, …, z_M, z_f).$$
 
         >>> import jax, jax.numpy as jnp
         >>> from deq_fusion_jax import DEQFusion
@@ -144,25 +129,41 @@ class DEQFusion(CellFusion):
         >>> out.fused.shape, out.modalities["text"].shape, out.stats.converged.tolist()
         ((2, 16), (2, 16), [True, True])
 
+    The call is (inputs, mask, train, z0, adjoint0) → `FusionOutput`. `inputs` are [B, d_i],
+    [B, T, d_i] or [B, H, W, d_i] by modality, alike but for d_i; one of another width than
+    `features` is projected by a linear layer. `mask` tells which modalities a sample has: bool or
+    0/1, {name: [B]} or [B, M] with columns in alphabetical order of the names. With `train=True`,
+    dropout draws one mask per solve from the rng "dropout". `z0` is a `FusionState` to start from,
+    zeros by default; `adjoint0`, an `Adjoint` of a `FusionState`, is where the backward solve
+    starts. An rng "jacobian" asks for the Jacobian penalty at the result, an rng "radius" for the
+    spectral radius there.
+
     The defaults are the paper's maps started so that the iteration converges for inputs of every
     scale: gate_scale, residual_scale and lift; `DEQFusion.official` is started as the paper's.
 
     Attributes:
+      features: d, the width of every equilibrium.
+      groups, gate_scale, residual_scale, activation_last, dtype: see `FusionCell`.
+      lift: c, the root mean square that small inputs are raised to: $x_i \sqrt{1 + c^2 / r^2}$ is
+        injected, with r the root mean square of the sample's $x_i$; 0 leaves them as they are.
+      dropout: rate on $W_2 h_i + b_2$ of every modality and on the gates.
+      jacobian_probes: of `jacobian_penalty`.
+      cell_type: the map that is iterated, `FusionCell` or a subclass.
       solver: of the fixed point; see `deq_fixed_point`.
       gradient: `Implicit`, `Phantom` or `Unrolled`.
       schedule: "joint" iterates the whole cell, as the paper does. "staged" solves the same
-        equations at less cost: no z_i reads z_f, so the modalities come first, then z_f with them
-        at rest; implicit differentiation goes the same way backwards. Each of the two has to reach
-        the tolerance by itself; for `stats` see `in_parts`, and an `Adjoint` has the larger of
-        their numbers as well. Where there are several fixed points, the two schedules may find
-        different ones, as two solvers may.
+        equations at less cost: no $z_i$ reads $z_f$, so the modalities come first, then $z_f$ with
+        them at rest; implicit differentiation goes the same way backwards. Each of the two has to
+        reach the tolerance by itself, and `stats` and an `Adjoint` have the larger of their
+        numbers. Where there are several fixed points, the two schedules may find different ones,
+        as two solvers may.
       batch_axis: the axis of the mesh (`jax.set_mesh`) over which a batch is spread. Every device
         then solves its own samples and stops when they are done: no device waits inside a solve.
         The rest is left to jit. The batch has to be a multiple of the devices.
-      features and the others: see `CellFusion`, and there for the call and its errors.
 
     Raises:
-      ValueError: also where schedule is neither.
+      ValueError: an input or the mask has a wrong shape or dtype, and the message names the
+        modality; or schedule is neither.
     """
 
     solver: Solver = Anderson(tol=1e-4, max_steps=50)

@@ -62,8 +62,8 @@ class Adjoint:
     Attributes:
       u: like z0, the solution for a cotangent g scaled to a largest entry of 1 in every sample.
         As a start, zeros mean that there is no guess.
-      steps: [B] float32, products with Jᵀ that the sample used.
-      residual: [B] relative residual ‖Jᵀu + g − u‖ / ‖Jᵀu + g‖ at the returned u.
+      steps: [B] float32, products with $J^⊤$ that the sample used.
+      residual: [B] relative residual $‖J^⊤ u + g − u‖ / ‖J^⊤ u + g‖$ at the returned u.
       failed: [B] float32, 0 where the solve converged and 1 where it did not.
     """
 
@@ -86,10 +86,13 @@ class Adjoint:
 
 @dataclass(frozen=True)
 class Implicit:
-    """Implicit differentiation: u solves u = Jᵀu + g, then ∂ℓ/∂θ = uᵀ ∂f/∂θ, with J = ∂f/∂z at z*.
+    r"""Implicit differentiation: the adjoint equation at the fixed point, solved for u,
 
-    f is linearised once at z*; every step of the adjoint solve applies that linear map. Memory
-    does not depend on the number of solver steps. The adjoint solve is a `deq_fixed_point` itself.
+    $$u = J^⊤ u + g, \qquad ∂ℓ/∂θ = u^⊤ ∂f/∂θ,$$
+
+    with J = ∂f/∂z at $z^⋆$ and the cotangent $g = ∂ℓ/∂z^⋆$. f is linearised once at $z^⋆$; every
+    step of the adjoint solve applies that linear map. Memory does not depend on the number of
+    solver steps. The adjoint solve is a `deq_fixed_point` itself.
 
     Attributes:
       solver: solver of the adjoint equation; None takes the forward solver, Anderson's with a
@@ -146,10 +149,15 @@ def _per_sample(operation: Callable[..., jax.Array], s: jax.Array, *trees: PyTre
 
 @dataclass(frozen=True)
 class Phantom:
-    """Phantom gradient: backpropagation through `steps` damped steps z ← (1 − λ) z + λ f(z) at z*.
+    r"""Phantom gradient: backpropagation through `steps` damped steps from the fixed point $z^⋆$,
 
-    Cheap and biased: the truncated Neumann series λ Σ_k (λ Jᵀ + (1 − λ) I)^k g in place of
-    (I − Jᵀ)⁻¹ g. No adjoint equation is solved, so nothing in it can fail to converge.
+    $$z ← (1 − λ) z + λ f(z).$$
+
+    Cheap and biased: a truncated Neumann series in place of its limit,
+
+    $$u = λ ∑_k (λ J^⊤ + (1 − λ) I)^k g \quad \text{for} \quad u = (I − J^⊤)^{-1} g.$$
+
+    No adjoint equation is solved, so nothing in it can fail to converge.
 
     Attributes:
       steps: how many steps are unrolled.
@@ -173,13 +181,15 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Backpropagation through `steps` plain iterations z ← f(z) from z0, the solver aside.
+    """Backpropagation through `steps` plain iterations from z0, the solver aside,
 
-    Exact to O(ρ^steps) where f contracts with spectral radius ρ, and useless where it does not.
-    Memory grows with `steps`.
+    $$z ← f(z).$$
+
+    Exact to $O(ρ^K)$ where f contracts with spectral radius ρ, and useless where it does not.
+    Memory grows with the number of steps.
 
     Attributes:
-      steps: how many iterations are unrolled.
+      steps: K, how many iterations are unrolled.
     """
 
     steps: int = 30

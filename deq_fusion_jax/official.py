@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["params_from_official"]
+
 PyTree = Any
 
 

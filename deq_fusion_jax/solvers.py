@@ -27,7 +27,9 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Picard(PerSample):
-    """Picard iteration z ← (1 − β) z + β f(z): linear convergence at the spectral radius of f.
+    """Picard iteration, which converges linearly, at the spectral radius of f:
+
+    $$z ← (1 − β) z + β f(z).$$
 
     See `Anderson` for the shared options tol, max_steps, damping (β) and trace.
     """
@@ -49,15 +51,22 @@ class _History(NamedTuple):
 
 @dataclass(frozen=True)
 class Anderson(PerSample):
-    """Anderson acceleration (type II), one least-squares problem per sample and step.
+    r"""Anderson acceleration (type II), one least-squares problem per sample and step.
 
-    z ← Σ_j α_j (z_j + β r_j) with r_j = f(z_j) − z_j over the last `history` iterates and
-    α = argmin ‖Σ_j α_j r_j‖² subject to Σ_j α_j = 1, that is α ∝ (D (C + λI) D)⁻¹ 1 with C the
-    correlation matrix of the residuals and D the diagonal matrix of their norms. The ridge λ is
-    relative, so that it means the same at the first step and at the last.
+    The next iterate mixes the last `history` ones so that the mixed residual is smallest:
+
+    $$z ← ∑_j α_j (z_j + β r_j), \qquad r_j = f(z_j) − z_j,$$
+    $$α = \arg\min ‖∑_j α_j r_j‖^2 \quad \text{subject to} \quad ∑_j α_j = 1.$$
+
+    With a ridge λ, the correlation matrix C of the residuals and the diagonal matrix D of their
+    norms, that is
+
+    $$α ∝ (D (C + λ I) D)^{-1} 1.$$
+
+    The ridge is relative, so that it means the same at the first step and at the last.
 
     Attributes:
-      tol: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a sample is done.
+      tol: relative residual $‖f(z) − z‖ / ‖f(z)‖$ at which a sample is done.
       max_steps: the most evaluations of f a sample may use.
       damping: β in (0, 1].
       trace: whether `SolveStats.trace` is recorded.
@@ -110,10 +119,15 @@ class _Secants(NamedTuple):
 
 @dataclass(frozen=True)
 class Broyden(PerSample):
-    """Broyden's good method on g(z) = f(z) − z: z ← z − β B⁻¹ g(z), with rank-one secant updates.
+    r"""Broyden's good method on f(z) − z, with rank-one secant updates:
 
-    B⁻¹ starts as −I, so the first step is the plain one. The update is u vᵀ with
-    v = B⁻ᵀ Δz and u = (Δz − B⁻¹ Δg) / (vᵀ Δg). When the memory is full it starts afresh.
+    $$z ← z − β B^{-1} g(z), \qquad g(z) = f(z) − z.$$
+
+    $B^{-1}$ starts as −I, so the first step is the plain one. A step adds $u v^⊤$ to it, with
+
+    $$v = B^{-⊤} Δz, \qquad u = (Δz − B^{-1} Δg) / (v^⊤ Δg).$$
+
+    When the memory is full it starts afresh.
 
     Attributes:
       tol, max_steps, damping (β), trace: as in `Anderson`.

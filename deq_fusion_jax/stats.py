@@ -20,7 +20,7 @@ class SolveStats:
 
     Attributes:
       steps: [B] int32, evaluations of f that the sample used, the last one included.
-      residual: [B] relative residual ‖f(z) − z‖ / ‖f(z)‖ at the returned z, in float32 or wider;
+      residual: [B] relative residual $‖f(z) − z‖ / ‖f(z)‖$ at the returned z, in float32 or wider;
         infinite where no finite iterate was met.
       converged: [B] bool, residual ≤ tol.
       trace: [max_steps, B] the residual of every evaluation, NaN after a sample's last one; None

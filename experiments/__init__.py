@@ -1,4 +1,4 @@
-"""What a user runs, from a clone: `python -m experiments.NAME`; not part of the installed package."""
+"""What a user runs from a clone, `python -m experiments.NAME`; not in the installed package."""
 
 import re
 import sys
