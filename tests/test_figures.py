@@ -123,7 +123,10 @@ def test_sweep_shares_an_axis_that_holds_every_panel():
 
 
 def test_a_notebook_shows_a_figure():
-    assert sweep([1, 2], {"y": {"a": [1, 2]}}, "x")._repr_png_().startswith(b"\x89PNG")
+    curves = {"low": {"a": [1, 2], "b": [3, 4]}, "high": {"a": [8, 9]}}
+    png, metadata = sweep([1, 2], curves, "x", ylabel="y")._repr_png_()
+    assert png.startswith(b"\x89PNG")
+    assert metadata == {"alt": "2 panels. low: y. high. Horizontal axis: x. Legend: a, b."}
 
 
 def test_planes_show_every_sample_in_its_class():
@@ -133,6 +136,10 @@ def test_planes_show_every_sample_in_its_class():
     assert labels(figure) == ["2nd direction", ""]
     assert_array_equal(line(figure.axes[0], "yes"), points[[1, 3, 4]])
     assert_array_equal(line(figure.axes[1], "yes"), -points[:2])
+    figure = planes(panels, ["no", "yes"], {"A": points[2]})
+    for axes in figure.axes:
+        (mark,) = axes.texts
+        assert mark.get_text() == "A" and tuple(mark.xy) == tuple(points[2])
 
 
 def test_gate_strength_by_modality_and_class():

@@ -100,6 +100,16 @@ def test_is_committed_as_one_clean_run(path):
 
 
 @each_notebook
+def test_every_picture_has_a_text_in_its_place(path):
+    outputs = [
+        out for cell in code_cells(nbformat.read(path, as_version=4)) for out in cell.outputs
+    ]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+    texts = [out.metadata.get("image/png", {}).get("alt", "") for out in pictures]
+    assert pictures and all(len(text.split()) > 3 for text in texts), texts
+
+
+@each_notebook
 def test_outputs_name_no_path_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     shown = [text for cell in code_cells(notebook) for out in cell.outputs for text in texts(out)]

@@ -61,9 +61,14 @@ def gate_strength(
 
 
 def planes(
-    panels: Mapping[str, tuple[ArrayLike, ArrayLike]], names: Sequence[str] | None = None
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    names: Sequence[str] | None = None,
+    marks: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
-    """Points [N, 2] coloured and marked by their class [N] in 0 … C-1: {title: (points, class)}."""
+    """Points [N, 2] coloured and marked by their class [N] in 0 … C-1: {title: (points, class)}.
+
+    `marks` are {name: point [2]}, written into every panel.
+    """
     figure, axes = row(len(panels), width=2.5, height=2.9)
     present = np.unique(np.concatenate([np.ravel(group) for _, group in panels.values()]))
     for panel, (title, (points, group)) in zip(axes, panels.items(), strict=True):
@@ -72,6 +77,11 @@ def planes(
             x, y = np.asarray(points)[np.asarray(group) == c].T
             label = names[c] if names else f"class {c}"
             panel.plot(x, y, linestyle="", markersize=3.5, alpha=0.6, mew=0, label=label, **style)
+        for name, point in (marks or {}).items():
+            panel.annotate(
+                name, point, ha="center", va="center", weight="bold",
+                bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": BLACK},
+            )  # fmt: skip
         panel.set_title(title, fontsize=10)
         panel.set(xticks=[], yticks=[], xlabel="1st direction")
         panel.grid(False)

@@ -17,12 +17,30 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class Figure(figure.Figure):
-    """One that a notebook shows where it is the last value of a cell."""
+    """One that a notebook shows, with a text in its place, where it is the last value of a cell."""
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=80)
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": self.alternative_text()}
+
+    def alternative_text(self) -> str:
+        """For who does not see the picture: panels, axes and curves by their names."""
+        panels = [_description(axes) for axes in self.axes if axes.axison]
+        number = f"{len(panels)} panels. " if len(panels) > 1 else ""
+        shared = f" Horizontal axis: {self.get_supxlabel()}." if self.get_supxlabel() else ""
+        curves = dict.fromkeys(name for a in self.axes for name in a.get_legend_handles_labels()[1])
+        legend = f" Legend: {', '.join(curves)}." if curves else ""
+        return number + " ".join(panels) + shared + legend
+
+
+def _description(axes: Axes) -> str:
+    """What is drawn against what, in a sentence."""
+    title, x, y = (
+        " ".join(s.split()) for s in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())
+    )
+    what = " against ".join(name for name in (y, x) if name)
+    return ": ".join(part for part in (title, what) if part) + "."
 
 
 def stack(panels: int, ratios: Sequence[float] | None = None) -> tuple[Figure, np.ndarray]:
