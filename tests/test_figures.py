@@ -95,6 +95,8 @@ def test_phase_portrait_has_arrows_a_path_and_the_fixed_point():
     (arrows,) = figure.axes[0].collections
     assert_allclose(np.stack([arrows.U, arrows.V], axis=1), -arrows.get_offsets() / 2)
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [2, 1, 1]
+    drawn = "Drawn: arrows f(z) − z; path; its start; fixed point."
+    assert figure.alternative_text().endswith(f"Horizontal axis: z_1. {drawn}")
 
 
 def test_steps_by_radius_draws_what_plain_iteration_needs():
@@ -126,7 +128,9 @@ def test_a_notebook_shows_a_figure():
     curves = {"low": {"a": [1, 2], "b": [3, 4]}, "high": {"a": [8, 9]}}
     png, metadata = sweep([1, 2], curves, "x", ylabel="y")._repr_png_()
     assert png.startswith(b"\x89PNG")
-    assert metadata == {"alt": "2 panels. low: y. high. Horizontal axis: x. Legend: a, b."}
+    assert metadata == {
+        "alt": "2 panels: low; high. Vertical axis: y. Horizontal axis: x. Drawn: a; b."
+    }
 
 
 def test_planes_show_every_sample_in_its_class():
@@ -140,6 +144,7 @@ def test_planes_show_every_sample_in_its_class():
     for axes in figure.axes:
         (mark,) = axes.texts
         assert mark.get_text() == "A" and tuple(mark.xy) == tuple(points[2])
+    assert figure.alternative_text().endswith("Drawn: no; yes. Marked: A.")
 
 
 def test_gate_strength_by_modality_and_class():

@@ -45,11 +45,14 @@ def phase_portrait(
     figure, panels = row(len(paths), width=3.0, height=3.3)
     figure.set_layout_engine("compressed")  # as the panels keep their shape
     for i, (axes, (name, path)) in enumerate(zip(panels, paths.items(), strict=True)):
-        axes.quiver(*grid.T, *move.T, color="#c4c4c4", angles="xy", width=0.004)
+        arrows = {"color": "#c4c4c4", "angles": "xy", "width": 0.004}
+        axes.quiver(*grid.T, *move.T, label="arrows f(z) − z", **arrows)
         style = {"marker": MARKERS[i], "markersize": 3.5, "linewidth": 1.2}
-        axes.plot(*np.asarray(path).T, color=CYCLE[i], **style)
-        axes.plot(*np.asarray(path)[0], "o", color=BLACK, markerfacecolor="white")
-        axes.plot(*np.asarray(fixed_points).T, "*", color=BLACK, markersize=11)
+        axes.plot(*np.asarray(path).T, color=CYCLE[i], label="path", **style)
+        start = {"color": BLACK, "markerfacecolor": "white", "label": "its start"}
+        axes.plot(*np.asarray(path)[0], "o", **start)
+        star = {"color": BLACK, "markersize": 11, "label": "fixed point"}
+        axes.plot(*np.asarray(fixed_points).T, "*", **star)
         axes.set_title(name, fontsize=10)
         axes.set(xlabel="$z_1$", ylabel="$z_2$", xlim=limits[0], ylim=limits[1], aspect="equal")
         axes.grid(False)

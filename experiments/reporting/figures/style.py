@@ -1,7 +1,7 @@
 """What the figures have in common: colours, panels, axes."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib import figure
@@ -25,22 +25,24 @@ class Figure(figure.Figure):
         return buffer.getvalue(), {"alt": self.alternative_text()}
 
     def alternative_text(self) -> str:
-        """For who does not see the picture: panels, axes and curves by their names."""
-        panels = [_description(axes) for axes in self.axes if axes.axison]
-        number = f"{len(panels)} panels. " if len(panels) > 1 else ""
-        shared = f" Horizontal axis: {self.get_supxlabel()}." if self.get_supxlabel() else ""
-        curves = dict.fromkeys(name for a in self.axes for name in a.get_legend_handles_labels()[1])
-        legend = f" Legend: {', '.join(curves)}." if curves else ""
-        return number + " ".join(panels) + shared + legend
+        """For who does not see the picture: what its panels, axes, curves and marks are called."""
+        panels = [axes for axes in self.axes if axes.axison]
+        number = "Panel" if len(panels) == 1 else f"{len(panels)} panels"
+        called = {
+            number: [axes.get_title() for axes in panels],
+            "Vertical axis": [axes.get_ylabel() for axes in panels],
+            "Horizontal axis": [self.get_supxlabel(), *(axes.get_xlabel() for axes in panels)],
+            "Drawn": [name for axes in panels for name in axes.get_legend_handles_labels()[1]],
+            "Marked": [text.get_text() for axes in panels for text in axes.texts],
+        }
+        sentences = ((kind, _distinct(names)) for kind, names in called.items())
+        return " ".join(f"{kind}: {'; '.join(names)}." for kind, names in sentences if names)
 
 
-def _description(axes: Axes) -> str:
-    """What is drawn against what, in a sentence."""
-    title, x, y = (
-        " ".join(s.split()) for s in (axes.get_title(), axes.get_xlabel(), axes.get_ylabel())
-    )
-    what = " against ".join(name for name in (y, x) if name)
-    return ": ".join(part for part in (title, what) if part) + "."
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Each name once, on one line and without the marks of TeX, which would be read out."""
+    plain = (" ".join(name.replace("$", "").split()) for name in names)
+    return [name for name in dict.fromkeys(plain) if name]
 
 
 def stack(panels: int, ratios: Sequence[float] | None = None) -> tuple[Figure, np.ndarray]:
