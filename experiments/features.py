@@ -35,8 +35,8 @@ from experiments.models.targets import TARGETS, floors
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, FusionChange, build_fusion, require, unchanged
 from experiments.training.metrics import Results
+from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task
-from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,8 @@ from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.run import Job, execute
 from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
+from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, sigmoid
-from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ from experiments.models.mosi import (
 from experiments.run import Job, execute
 from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
+from experiments.training.schedule import Schedule
 from experiments.training.task import Task, softmax
-from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,8 @@ from experiments.training.config import (
     unchanged,
 )
 from experiments.training.metrics import Results, classification_metrics
+from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, softmax
-from experiments.training.train import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,9 @@ from experiments.training.config import CommonConfig, command_line, open_run
 from experiments.training.devices import is_first, log, mesh_of, shard_model
 from experiments.training.metrics import Metrics, Results, per_class_f1
 from experiments.training.progress import Bar
+from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, evaluate
-from experiments.training.train import Fitted, Schedule, fit, refit
+from experiments.training.train import Fitted, fit, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost

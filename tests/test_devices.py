@@ -24,9 +24,10 @@ from experiments.common.errors import InputError
 from experiments.datasets import Split
 from experiments.models.encoders import MaxoutMLP
 from experiments.training.devices import BATCH, mesh_of, put, shard_model, share_of
+from experiments.training.schedule import Schedule
 from experiments.training.step import init_state, train_step
 from experiments.training.task import Prediction, Task, evaluate
-from experiments.training.train import Schedule, fit
+from experiments.training.train import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)

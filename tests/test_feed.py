@@ -15,8 +15,9 @@ from experiments.datasets.mmimdb_sample import sample_file
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import mesh_of, put_batches
 from experiments.training.feed import Resident, feed, order_of_epoch, run_epochs
+from experiments.training.schedule import Schedule
 from experiments.training.step import FAR, init_state
-from experiments.training.train import Schedule, fit
+from experiments.training.train import fit
 
 
 class Case:

@@ -29,8 +29,9 @@ from experiments.training.config import (
     open_run,
 )
 from experiments.training.metrics import Results, multiclass_metrics
+from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, evaluate
-from experiments.training.train import Schedule, fit, refit
+from experiments.training.train import fit, refit
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -26,9 +26,10 @@ from experiments.run import with_warm_starts
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import build_fusion
 from experiments.training.feed import run_epochs
+from experiments.training.schedule import Schedule
 from experiments.training.step import TrainState, init_state, train_step
 from experiments.training.task import Prediction, Task, Variables, evaluate
-from experiments.training.train import Schedule, fit, refit
+from experiments.training.train import fit, refit
 from experiments.training.warm import needed_bytes
 
 

@@ -18,33 +18,12 @@ from experiments.datasets.stream import Stream
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import any_process, put, share_of
 from experiments.training.feed import Resident, Streamed, feed
+from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
 from experiments.training.task import Task, Variables, evaluate, solver_means
 
 PyTree = Any
 Progress = Callable[[float, Callable[[], dict[str, float]]], None]
-
-
-class Schedule(NamedTuple):
-    """How long to train.
-
-    Attributes:
-      epochs: passes over the training rows, at most.
-      batch_size: rows a step; a last incomplete batch of an epoch is left out (the order changes
-        every epoch). More than there are rows means all rows.
-      evaluate_every: epochs between two evaluations on the validation split.
-      patience: evaluations without a gain after which training stops; None: never.
-      smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
-      bad_steps: bad steps in a row (see `experiments.training.step`) after which training stops;
-        looked at when evaluating.
-    """
-
-    epochs: int
-    batch_size: int
-    evaluate_every: int = 1
-    patience: int | None = None
-    smooth: int = 1
-    bad_steps: int = 100
 
 
 class Fitted(NamedTuple):
@@ -107,15 +86,13 @@ def fit(
         report(row)
     while not training.ending():
         train_to_next_evaluation(training, optimiser, rows, batch_size, stop, progress)
-        epoch = training.next_epoch()
-        training.evaluate(epoch)
         due, stopped = training.asked(stop)
         over = training.ending()
         if due or over:
             training.save()
         report(training.history[-1])
         if stopped and not over:
-            raise StoppedError(f"epoch {epoch} is saved")
+            raise StoppedError(f"epoch {training.history[-1]['epoch']} is saved")
     return training.fitted()
 
 
@@ -127,10 +104,11 @@ def train_to_next_evaluation(
     stop: Callable[[], bool],
     progress: Progress,
 ) -> None:
-    """The steps from here to the end of the next epoch that is evaluated; saves on the way."""
+    """Trains to the end of the next epoch to be evaluated, and evaluates it; saves on the way."""
     batches = rows.rows // batch_size
-    training.began = time.monotonic() - training.seconds
-    first, end = training.step, training.next_epoch() * batches
+    began = time.monotonic() - training.seconds
+    epoch = training.schedule.next_epoch(training.history)
+    first, end = training.step, epoch * batches
     steps = rows.steps(training.task, optimiser, training.state, batch_size, first, end)
     for step, state, seen in steps:
         training.step, training.state = step, state
@@ -139,10 +117,11 @@ def train_to_next_evaluation(
             progress(step / batches, training.means)
             due, stopped = training.asked(stop)
             if due:
-                training.seconds = time.monotonic() - training.began
+                training.seconds = time.monotonic() - began
                 training.save()
             if stopped:
                 raise StoppedError(f"step {step} is saved")
+    training.evaluate(epoch, began)
 
 
 @dataclasses.dataclass
@@ -156,7 +135,6 @@ class Training:
       history: one row an evaluation.
       sums: of what the steps saw since the last row.
       seconds: that these steps took, as of the last save.
-      began: when they began, by the monotonic clock, less the seconds before a restart.
     """
 
     task: Task
@@ -171,7 +149,6 @@ class Training:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sums: Seen = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
-    began: float = 0.0
     step: int = 0
 
     def restore(self) -> None:
@@ -198,21 +175,27 @@ class Training:
         due, stopped = any_process(bool(self.checkpoints and self.checkpoints.due()), stop())
         return due or stopped, stopped
 
-    def next_epoch(self) -> int:
-        """The next one to be evaluated."""
-        return min(self.history[-1]["epoch"] + self.schedule.evaluate_every, self.schedule.epochs)
+    def evaluate(self, epoch: int, began: float | None = None) -> None:
+        """Adds a row to the history, and keeps the variables if they are the ones to keep.
 
-    def evaluate(self, epoch: int) -> None:
-        """Adds a row to the history, and keeps the variables if they are the ones to keep."""
+        `began` is when training went on from the last row, by the monotonic clock.
+        """
         row = _row(self.task, self.state.learned, self.validation, self.test, self.means())
         seconds = 0.0
-        if self.history:
-            seconds = self.history[-1]["seconds"] + time.monotonic() - self.began
+        if began is not None:
+            seconds = self.history[-1]["seconds"] + time.monotonic() - began
         self.history.append({"epoch": epoch} | row | {"seconds": seconds})
         self.sums, self.seconds = {}, 0.0
-        how = self.keep, self.task.monitor, self.schedule.smooth
-        if epoch and _is_chosen(self.history, self.best_epoch, *how):
+        if self._is_chosen():
             self.best, self.best_epoch = copied(self.state.learned), epoch
+
+    def _is_chosen(self) -> bool:
+        """Whether the newest epoch is `keep`, or without `keep` better than the best one before."""
+        monitor, newest = self.task.monitor, self.history[-1]
+        if self.keep is None:
+            return self.schedule.selects(self.history, self.best_epoch, monitor)
+        score = newest["validation"][monitor]
+        return newest["epoch"] == self.keep and bool(np.isfinite(score))
 
     def means(self) -> dict[str, float]:
         """Of what the steps saw since the last row."""
@@ -220,7 +203,7 @@ class Training:
 
     def ending(self) -> str | None:
         """Why training is over; None where it is not."""
-        return _ending(self.history, self.best_epoch, self.schedule, int(self.state.bad))
+        return self.schedule.ending(self.history, self.best_epoch, int(self.state.bad))
 
     def fitted(self) -> Fitted:
         ending = self.ending()
@@ -265,33 +248,6 @@ def _row(
         "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
         **watched,
     }
-
-
-def _is_chosen(
-    history: list[dict[str, Any]], best_epoch: int, keep: int | None, monitor: str, smooth: int
-) -> bool:
-    """Whether the newest epoch is the one to keep, or better than the best one before."""
-    scores = [row["validation"][monitor] for row in history]
-    best = next(i for i, row in enumerate(history) if row["epoch"] == best_epoch)
-    if keep is not None:
-        return history[-1]["epoch"] == keep and bool(np.isfinite(scores[-1]))
-    score, highest = (np.mean(scores[: end + 1][-smooth:]) for end in (len(scores) - 1, best))
-    return bool(score > highest or (np.isfinite(score) and not np.isfinite(highest)))
-
-
-def _ending(
-    history: list[dict[str, Any]], best_epoch: int, schedule: Schedule, bad: int
-) -> str | None:
-    """Why training is over; None where it is not."""
-    epoch = history[-1]["epoch"]
-    if epoch >= schedule.epochs:
-        return f"all {schedule.epochs} epochs are done"
-    if bad >= schedule.bad_steps:
-        return f"the last {bad} steps were bad: no finite gradient, or inputs out of all range"
-    since = sum(row["epoch"] > best_epoch for row in history)
-    if schedule.patience is not None and since >= schedule.patience:
-        return f"no gain on validation since epoch {best_epoch}, {since} evaluations ago"
-    return None
 
 
 # --- what the steps saw ------------------------------------------------------------------------
