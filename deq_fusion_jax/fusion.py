@@ -203,24 +203,24 @@ class DEQFusion(CellFusion):
 
 
 def _on_each_device(solve: Solve, axis: str) -> Solve:
-    """`solve` of every device's share of z0 and the inputs; the variables are the same on all."""
-    share, same = PartitionSpec(axis), PartitionSpec()
+    """`solve` of every device's shard of z0 and the inputs; the variables are replicated."""
+    sharded, replicated = PartitionSpec(axis), PartitionSpec()
     trace = PartitionSpec(None, axis)
-    stats = SolveStats(share, share, share, trace)  # type: ignore[arg-type]
+    stats = SolveStats(sharded, sharded, sharded, trace)  # type: ignore[arg-type]
 
-    def solve_shares(
+    def solve_shards(
         f: Map, z0: Any, variables: Any, *inputs: Any, adjoint0: Adjoint | None
     ) -> tuple[Any, SolveStats]:
-        def solve_share(z0, variables, inputs, adjoint0):
+        def solve_shard(z0, variables, inputs, adjoint0):
             return solve(f, z0, variables, *inputs, adjoint0=adjoint0)
 
         return jax.shard_map(
-            solve_share,
-            in_specs=(share, same, share, share),
-            out_specs=(share, stats),
+            solve_shard,
+            in_specs=(sharded, replicated, sharded, sharded),
+            out_specs=(sharded, stats),
         )(z0, variables, inputs, adjoint0)
 
-    return solve_shares
+    return solve_shards
 
 
 @jax.custom_vjp
