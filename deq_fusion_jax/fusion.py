@@ -157,7 +157,7 @@ class DEQFusion(CellFusion):
         reach the tolerance by itself, and `stats` and an `Adjoint` have the larger of their
         numbers. Where there are several fixed points, the two schedules may find different ones,
         as two solvers may.
-      batch_axis: the axis of the mesh (`jax.set_mesh`) over which a batch is spread. Every device
+      batch_axis: the axis of the mesh (`jax.set_mesh`) over which a batch is sharded. Every device
         then solves its own samples and stops when they are done: no device waits inside a solve.
         The rest is left to jit. The batch has to be a multiple of the devices.
 

@@ -39,7 +39,7 @@ class CommonConfig:
       average: decay of the running mean of the weights that is evaluated; 0: the weights are.
       patience: evaluations without a better validation score before training stops.
       refit: train once more on the validation rows too, to the epoch that they selected.
-      parallel: spread every batch over all devices of this process, or over those of all processes
+      parallel: shard every batch over all devices of this process, or over those of all processes
         that a launcher such as SLURM has started.
       official_selection: report the epoch with the best TEST score as well, as the paper's code
         does; too good to be a result.

@@ -1,4 +1,4 @@
-"""Data parallelism: a batch is spread over the devices of a mesh, all else is the same on each.
+"""Data parallelism: a batch is sharded over the devices of a mesh, all else is replicated.
 
     none        one device
     devices     all devices of this process
