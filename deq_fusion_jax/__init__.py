@@ -16,7 +16,7 @@ from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.fusion import DEQFusion, FusionOutput
 from deq_fusion_jax.gradients import Adjoint, Implicit, Phantom, Unrolled
 from deq_fusion_jax.solvers import Anderson, Broyden, Picard
-from deq_fusion_jax.stats import ConvergenceError, SolveStats
+from deq_fusion_jax.stats import ConvergenceError, ConvergenceWarning, SolveStats, Status
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "ConvergenceError",
+    "ConvergenceWarning",
     "DEQFusion",
     "FusionCell",
     "FusionOutput",
@@ -33,6 +34,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "SolveStats",
+    "Status",
     "Unrolled",
     "deq_fixed_point",
     "jacobian_penalty",

@@ -26,7 +26,7 @@ from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.per_sample import relative_residual
+from deq_fusion_jax.per_sample import FLOOR, measured
 from deq_fusion_jax.state import ravel
 from deq_fusion_jax.stats import SolveStats
 
@@ -264,7 +264,7 @@ class WeightTied(CellFusion):
         step = jax.checkpoint(f, prevent_cse=False) if self.remat else f
         z = jax.lax.scan(lambda z, _: (step(z, *args), None), z0, length=self.steps)[0]
         held = jax.lax.stop_gradient((z, *args))
-        residual = relative_residual(ravel(f(*held)), ravel(held[0]))
+        _, residual = measured(ravel(f(*held)), ravel(held[0]), FLOOR)
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
         steps = jnp.full(residual.shape, self.steps, jnp.int32)
         return z, SolveStats(steps, residual, residual <= self.tol)

@@ -1,13 +1,16 @@
 """`deq_fixed_point`: z* = f(z*, *args) as a differentiable function of args."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
+from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit, Solved
+from deq_fusion_jax.program import Bound, lift, restore, split_arrays, trace
 from deq_fusion_jax.solvers import Anderson, Solver, as_solver
-from deq_fusion_jax.state import Map, PyTree, check_state, describe, kind, varying
+from deq_fusion_jax.state import Map, PyTree, check_state, describe, kind
 from deq_fusion_jax.stats import SolveStats
 
 
@@ -18,7 +21,8 @@ def deq_fixed_point(
     solver: Solver = Anderson(tol=1e-4, max_steps=50),
     gradient: GradientRule = Implicit(),
     adjoint0: Adjoint | None = None,
-) -> tuple[PyTree, SolveStats]:
+    has_aux: bool = False,
+) -> Any:
     r"""The fixed point of f for every sample of a batch, differentiated implicitly:
 
     $$z^⋆ = f(z^⋆, θ),$$
@@ -63,47 +67,59 @@ def deq_fixed_point(
         shape or dtype, so does adjoint0.u, or solver.tol is below the dtype's resolution.
       TypeError: solver is no solver, or gradient no gradient rule.
     """
-    if isinstance(gradient, type) or not hasattr(gradient, "pullback"):
+    if isinstance(gradient, type) or not hasattr(gradient, "tangent"):
         raise TypeError(f"gradient is {gradient!r}; expected Implicit(), Phantom() or Unrolled().")
     z0 = jax.tree.map(jnp.asarray, z0)
     check_state(z0)
     if adjoint0 is not None and kind(adjoint0.u) != kind(z0):
         raise ValueError(f"adjoint0.u is {describe(adjoint0.u)}, but z0 is {describe(z0)}.")
-    # One trace of f serves every later evaluation, and lifts what f closes over to arguments,
-    # where custom_vjp can see it.
-    closed, out = jax.make_jaxpr(f, return_shape=True)(z0, *args)
-    if kind(out) != kind(z0):
-        raise ValueError(
-            f"f must map z to its like, but z0 is {describe(z0)} and f(z0) is {describe(out)}. "
-            "The first axis of every array is the batch."
-        )
-    z0 = varying(z0, closed.out_avals)
-    jaxpr, treedef = closed.jaxpr, jax.tree.structure(z0)
-    jaxpr = jaxpr.replace(constvars=(), invars=(*jaxpr.constvars, *jaxpr.invars))
+    arrays, whole = split_arrays(args)
 
-    def lifted(z: PyTree, args: tuple[PyTree, ...], consts: list[jax.Array]) -> PyTree:
-        leaves = jax.tree.leaves((z, *args))
-        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(jaxpr, (), *consts, *leaves))
+    def on_arrays(z: PyTree, arrays: list[jax.Array]) -> PyTree:
+        out = f(z, *whole(arrays))
+        return out[0] if has_aux else out
 
-    return _fixed_point(lifted, as_solver(solver), gradient, z0, adjoint0, args, closed.consts)
+    z0, program, consts = trace(on_arrays, z0, arrays)
+    leaves = [*consts, *arrays]
+    theta = [x if _differentiable(x) else None for x in leaves]
+    fixed = [None if _differentiable(x) else x for x in leaves]
+    (solver, gradient), options = lift((as_solver(solver), gradient))
+    z_star, stats = _compiled(program, solver, gradient, z0, adjoint0, options, fixed, theta)
+    return (z_star, stats, f(z_star, *args)[1]) if has_aux else (z_star, stats)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fixed_point(f, solver, gradient, z0, adjoint0, *args):
-    return solver.solve(f, z0, *args)
+def _differentiable(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _forward(f, solver, gradient, z0, adjoint0, *args):
-    # Through the rule above and not its body, so that this pass can be differentiated again.
-    z_star, stats = _fixed_point(f, solver, gradient, z0, adjoint0, *args)
-    return (z_star, stats), (z0, adjoint0, z_star, args)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _fixed_point(program, solver, gradient, z0, adjoint0, options, fixed, theta):
+    solver, _ = restore((solver, gradient), options)
+    return solver.solve(Bound(program, fixed), z0, theta)
 
 
-def _backward(f, solver, gradient, saved, cotangents):
-    z0, adjoint0, z_star, args = saved
-    g, _ = cotangents
-    bars = gradient.pullback(f, z0, z_star, args, g, deq_fixed_point, solver, adjoint0)
-    return jax.tree.map(jnp.zeros_like, z0), *bars
+@partial(_fixed_point.defjvp, symbolic_zeros=True)
+def _tangent(program, solver, gradient, primals, tangents):
+    # Through the rule and not its body, so that the value can be differentiated again.
+    z_star, stats = _fixed_point(program, solver, gradient, *primals)
+    z0, adjoint0, options, fixed, theta = primals
+    solver, gradient = restore((solver, gradient), options)
+    f: Map = Bound(program, fixed)
+    solved = Solved(f, z0, z_star, theta, stats, solver, deq_fixed_point, adjoint0)
+    _, dadjoint, _, _, dtheta = tangents
+    watched = not all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(dadjoint))
+    dadjoint = jax.tree.map(_instantiated, dadjoint, adjoint0) if watched else None
+    dz = gradient.tangent(solved, jax.tree.map(_instantiated, dtheta, theta), dadjoint)
+    return (z_star, stats), (dz, jax.tree.map(_without_tangent, stats))
 
 
-_fixed_point.defvjp(_forward, _backward)
+def _instantiated(tangent: Any, primal: jax.Array) -> jax.Array:
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+
+
+def _without_tangent(x: jax.Array) -> SymbolicZero:
+    return SymbolicZero(jax.typeof(x).to_tangent_aval())
+
+
+# One program for equal maps, so that eager calls compile once; no boundary inside another jit.
+_compiled = jax.jit(_fixed_point, static_argnums=(0, 1, 2), inline=True)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Self
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax import export
+from jax.sharding import AxisType, PartitionSpec
 
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.diagnostics import jacobian_penalty, spectral_radius
@@ -40,6 +41,11 @@ class FusionOutput(NamedTuple):
     stats: SolveStats | None = None
     jacobian_penalty: jax.Array | None = None
     spectral_radius: jax.Array | None = None
+
+
+export.register_namedtuple_serialization(
+    FusionOutput, serialized_name="deq_fusion_jax.FusionOutput"
+)
 
 
 class CellFusion(nn.Module):
@@ -206,7 +212,7 @@ def _on_each_device(solve: Solve, axis: str) -> Solve:
     """`solve` of every device's shard of z0 and the inputs; the variables are replicated."""
     sharded, replicated = PartitionSpec(axis), PartitionSpec()
     trace = PartitionSpec(None, axis)
-    stats = SolveStats(sharded, sharded, sharded, trace)  # type: ignore[arg-type]
+    stats = SolveStats(sharded, sharded, sharded, trace, sharded)  # type: ignore[arg-type]
 
     def solve_shards(
         f: Map, z0: Any, variables: Any, *inputs: Any, adjoint0: Adjoint | None
@@ -214,11 +220,16 @@ def _on_each_device(solve: Solve, axis: str) -> Solve:
         def solve_shard(z0, variables, inputs, adjoint0):
             return solve(f, z0, variables, *inputs, adjoint0=adjoint0)
 
-        return jax.shard_map(
-            solve_shard,
-            in_specs=(sharded, replicated, sharded, sharded),
-            out_specs=(sharded, stats),
-        )(z0, variables, inputs, adjoint0)
+        specs = (sharded, replicated, sharded, sharded)
+        operands: tuple[Any, ...] = (z0, variables, inputs, adjoint0)
+        mesh = jax.sharding.get_abstract_mesh()
+        if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) is AxisType.Explicit:
+            operands = tuple(
+                jax.tree.map(lambda x, spec=spec: jax.reshard(x, spec), operand)
+                for operand, spec in zip(operands, specs, strict=True)
+            )
+        shards = jax.shard_map(solve_shard, in_specs=specs, out_specs=(sharded, stats))
+        return shards(*operands)
 
     return solve_shards
 

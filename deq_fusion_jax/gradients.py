@@ -1,39 +1,56 @@
 """How the equilibrium is differentiated: three rules, each apart from the solver.
 
-The value of `deq_fixed_point` is z* whichever rule is chosen; the rule only turns the cotangent
-g = ∂ℓ/∂z* into the cotangents of `args`. Every rule is itself differentiable in reverse mode.
-`Adjoint` is how the backward solve of `Implicit` is seen, and warm-started, from outside.
+The value of `deq_fixed_point` is z* whichever rule is chosen; the rule only says which linear map
+dθ → dz* stands for its derivative, and how its transpose is applied. Forward and reverse mode, any
+number of times, follow from the two. `Adjoint` is how the backward solve of `Implicit` is seen, and
+warm-started, from outside.
 """
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from deq_fusion_jax.solvers import Anderson, Solver
-from deq_fusion_jax.state import Map, PyTree, ravel, working_dtype
+from deq_fusion_jax.state import (
+    Map,
+    PyTree,
+    ravel,
+    unraveler,
+    varying,
+    working_dtype,
+    zeros_of_rows,
+)
+from deq_fusion_jax.stats import ConvergenceWarning, SolveStats, Status
+
+
+class Solved(NamedTuple):
+    """A fixed point, as a gradient rule is given it: z_star = f(z_star, theta)."""
+
+    f: Map
+    z0: PyTree
+    z_star: PyTree
+    theta: PyTree  # what z_star is differentiated in
+    stats: SolveStats
+    solver: Solver  # that found it
+    fixed_point: Callable[..., Any]  # `deq_fixed_point`
+    adjoint0: "Adjoint | None"
 
 
 class GradientRule(Protocol):
     """What `deq_fixed_point` asks of a gradient rule; hashable, so that it is static under jit."""
 
-    def pullback(
-        self,
-        f: Map,
-        z0: PyTree,
-        z_star: PyTree,
-        args: tuple[PyTree, ...],
-        g: PyTree,
-        fixed_point: Callable[..., Any],
-        solver: Solver,
-        adjoint0: "Adjoint | None",
-    ) -> tuple[PyTree, ...]:
-        """The cotangents of adjoint0 and of every one of args.
+    def tangent(self, solved: Solved, dtheta: PyTree, dadjoint: "Adjoint | None") -> PyTree:
+        """The tangent of z_star for the tangent dtheta: linear, and JAX can transpose it.
 
-        `fixed_point` is `deq_fixed_point`, `solver` the forward one.
+        The cotangent of dadjoint, on which it does not depend, is how the transpose ended.
         """
         ...
 
@@ -84,67 +101,195 @@ class Adjoint:
         )
 
 
+export.register_pytree_node_serialization(
+    Adjoint,
+    serialized_name="deq_fusion_jax.Adjoint",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
+
+
 @dataclass(frozen=True)
 class Implicit:
     r"""Implicit differentiation: the adjoint equation at the fixed point, solved for u,
 
     $$u = J^⊤ u + g, \qquad ∂ℓ/∂θ = u^⊤ ∂f/∂θ,$$
 
-    with J = ∂f/∂z at $z^⋆$ and the cotangent $g = ∂ℓ/∂z^⋆$. f is linearised once at $z^⋆$; every
-    step of the adjoint solve applies that linear map. Memory does not depend on the number of
-    solver steps. The adjoint solve is a `deq_fixed_point` itself.
+    with J = ∂f/∂z at $z^⋆$ and the cotangent $g = ∂ℓ/∂z^⋆$; in forward mode the tangent equation,
+
+    $$dz = J\,dz + (∂f/∂θ)\,dθ.$$
+
+    f is linearised once at $z^⋆$; every step of the solve applies that linear map. Memory does not
+    depend on the number of solver steps. The solve is a `deq_fixed_point` itself.
+
+    A sample fails where its fixed point was not found, this equation was not solved, or f has no
+    finite derivative. Its gradient is then unknown. By default it adds exactly nothing to any
+    gradient, as if it were not there, and a `ConvergenceWarning` says how many there were, except
+    where an `Adjoint` is watching. The warning comes from a `jax.debug.callback` in a branch that
+    is only taken when a sample failed, under jit, vmap and shard_map as well. What can hold no
+    callback, such as a program for `jax.export`, takes "nan" or an `Adjoint`. A sample whose
+    cotangent is zero, as one that the loss masks out, adds nothing, and does not count as failed.
 
     Attributes:
       solver: solver of the adjoint equation; None takes the forward solver, Anderson's with a
         ridge of 1e-4 at most: the equation is linear, so mixing needs little restraint.
+      on_failure: what a failed sample adds to gradients: "zero", nothing; "keep", what follows from
+        the best iterates, as is usual where equilibrium models are trained with few steps; "nan",
+        NaN, and no warning.
 
     Source: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019, theorem 1; paper §3.3.
     """
 
     solver: Any = None
+    on_failure: str = "zero"
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
-        _, vjp = jax.vjp(f, z_star, *args)
-        # The equation is linear: solved for cotangents of unit size, small ones do not underflow.
-        size = jax.lax.stop_gradient(_largest(g))
-        unit = _per_sample(lambda s, x: x / s, jnp.where(size > 0, size, 1), g)
+    def __post_init__(self):
+        if self.on_failure not in ("zero", "keep", "nan"):
+            raise ValueError(
+                f"Implicit(on_failure={self.on_failure!r}): expected 'zero', 'keep' or 'nan'."
+            )
 
-        def adjoint_map(u: PyTree) -> PyTree:
-            return jax.tree.map(jnp.add, vjp(u)[0], unit)
+    def tangent(self, solved, dtheta, dadjoint):
+        f, z_star, unravel = solved.f, ravel(solved.z_star), unraveler(solved.z_star)
+        _, along_z = jax.linearize(lambda z: ravel(f(unravel(z), solved.theta)), z_star)
+        _, along_theta = jax.linearize(lambda t: ravel(f(solved.z_star, t)), solved.theta)
+        undefined = zeros_of_rows(z_star) > 0
+        along_z, undefined = _finite(along_z, undefined)
+        along_theta, undefined = _finite(along_theta, undefined)
+        undefined = varying(undefined, [jax.typeof(z_star)])
+        solve = partial(self._solve, solved, undefined)
+        # The solution is differentiated by its equation alone, not by how it is solved.
+        jvp = jax.lax.stop_gradient(along_z)
 
-        start = unit if adjoint0 is None else _guess(adjoint0.u, unit)
-        solver = self.solver or _for_linear(solver)
-        u, stats = fixed_point(adjoint_map, start, solver=solver, gradient=self)
-        adjoint = None
-        if adjoint0 is not None:
-            steps, failed = (x.astype(jnp.float32) for x in (stats.steps, ~stats.converged))
-            adjoint = Adjoint(u, steps, stats.residual, failed)
-        return adjoint, *vjp(_per_sample(jnp.multiply, size, u))[1:]
+        def equation(x: _Tangents) -> _Tangents:
+            image = along_z(x.dz)
+            return _Tangents(x.dz - image, _tied(x.watch, image))
+
+        def forward(_: Any, b: _Tangents) -> _Tangents:
+            return _Tangents(solve(jvp, b.dz)[0], b.watch)
+
+        def backward(_: Any, g: _Tangents) -> _Tangents:
+            vjp = jax.linear_transpose(jvp, z_star)
+            u, adjoint = solve(lambda u: vjp(u)[0], g.dz, solved.adjoint0)
+            return _Tangents(u, None if g.watch is None else adjoint)
+
+        b = along_theta(dtheta)
+        b = _Tangents(_tied(b, dadjoint), _tied(dadjoint, b))
+        return unravel(jax.lax.custom_linear_solve(equation, b, forward, backward).dz)
+
+    def _solve(
+        self,
+        solved: Solved,
+        undefined: jax.Array,
+        apply: Callable[[jax.Array], jax.Array],
+        b: jax.Array,
+        guess: Adjoint | None = None,
+    ) -> tuple[jax.Array, Adjoint]:
+        """u = apply(u) + b for matrices [B, N], and how it ended."""
+        lost = undefined | ~solved.stats.converged
+        asked = jnp.max(jnp.abs(b), axis=1, initial=0)
+        b = jnp.where((lost if self.on_failure == "zero" else undefined)[:, None], 0, b)
+        # The equation is linear: solved for u of unit size, small ones do not underflow.
+        size = jax.lax.stop_gradient(jnp.max(jnp.abs(b), axis=1, initial=0))
+        size = jnp.where(size > 0, size, jnp.max(size, initial=0))
+        size = jnp.where(size > 0, size, 1)[:, None]
+        unit = b / size
+
+        def scaled(v: jax.Array) -> jax.Array:
+            return apply(v * size) / size + unit
+
+        start = unit if guess is None else _guess(ravel(guess.u), unit)
+        solver = self.solver or _for_linear(solved.solver)
+        v, stats = solved.fixed_point(scaled, start, solver=solver, gradient=self)
+        # Where f is linearised at NaN the product of nothing is NaN, too; that is no failure.
+        nothing = (asked == 0) & (stats.status == Status.NOT_FINITE)
+        failed = jnp.isfinite(asked) & ~nothing & (~stats.converged | (lost & (asked > 0)))
+        u = v * size
+        if self.on_failure == "nan":
+            u = jnp.where(failed[:, None], jnp.nan, u)
+        elif self.on_failure == "zero":
+            u = jnp.where(failed[:, None], 0, u)
+        if solved.adjoint0 is None and self.on_failure != "nan":
+            _warn_of(failed, self.on_failure)
+        steps, missed = (x.astype(jnp.float32) for x in (stats.steps, failed))
+        return u, Adjoint(unraveler(solved.z_star)(v), steps, stats.residual, missed)
 
 
-def _largest(z: PyTree) -> jax.Array:
-    """The largest absolute entry [B] of every sample."""
-    return jnp.max(jnp.abs(ravel(z)), axis=1)
+class _Tangents(NamedTuple):
+    """The unknown of the linear system that JAX transposes."""
+
+    dz: jax.Array  # [B, N]
+    watch: Adjoint | None  # nothing depends on it; its cotangent is how the transpose ended
 
 
-def _guess(u0: PyTree, unit: PyTree) -> PyTree:
+def _tied(tree: PyTree, others: PyTree) -> PyTree:
+    """The tree as it is, but depending on `others` for JAX, at no cost.
+
+    `custom_linear_solve` can only be transposed in all of its unknowns at once.
+    """
+    never = [jnp.where(False, jnp.sum(x), 0) for x in jax.tree.leaves(others)]
+    return jax.tree.map(lambda x: x + sum(y.astype(x.dtype) for y in never), tree)
+
+
+def _finite(linear: Any, undefined: jax.Array) -> tuple[Any, jax.Array]:
+    """A linear map without NaN and infinite coefficients, and `undefined` [B] or whose they were.
+
+    A cotangent of zero times NaN is NaN, and sums over samples spread it. Coefficients belong to
+    the samples if one axis has the length of the batch, or the first one a multiple of it.
+    """
+    batch = undefined.shape[0]
+    leaves, treedef = jax.tree.flatten(linear)
+    for k, x in enumerate(leaves):
+        axes = [axis for axis, size in enumerate(x.shape) if size == batch]
+        multiple = not axes and x.ndim and batch and x.shape[0] % batch == 0
+        if not jnp.issubdtype(x.dtype, jnp.floating) or (len(axes) != 1 and not multiple):
+            continue
+        finite = jnp.isfinite(x)
+        leaves[k] = jnp.where(finite, x, 0)
+        rows = finite if multiple else jnp.moveaxis(finite, axes[0], 0)
+        rows = rows.reshape(batch, math.prod(rows.shape) // batch if batch else 0)
+        undefined |= ~jnp.all(rows, axis=1)
+    return jax.tree.unflatten(treedef, leaves), undefined
+
+
+def _warn_of(failed: jax.Array, on_failure: str) -> None:
+    """A `ConvergenceWarning` at run time if any sample [B] failed, and nothing else."""
+
+    def warn(count: Any, total: Any) -> None:
+        added = "add nothing to it" if on_failure == "zero" else "are used as they are"
+        warnings.warn(
+            f"The gradient of {int(count)} of {int(total)} samples is unknown: their fixed point "
+            f"or their adjoint equation missed its tolerance, or f has no finite derivative. They "
+            f"{added}. stats.status and an Adjoint tell which; see Implicit(on_failure=…).",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+
+    @jax.custom_batching.custom_vmap
+    def report(count: jax.Array, total: jax.Array) -> jax.Array:
+        def speak() -> None:
+            jax.debug.callback(warn, count, total)
+
+        jax.lax.cond(count > 0, speak, lambda: None)
+        return count
+
+    @report.def_vmap
+    def _(axis_size: int, batched: list[bool], count: Any, total: Any) -> Any:
+        return report(jnp.sum(count), total * axis_size), False
+
+    report(jnp.sum(failed), jnp.asarray(failed.size))
+
+
+def _guess(u0: jax.Array, unit: jax.Array) -> jax.Array:
     """u0, or `unit`, one step from zero, where there is no u0; 0 where there is no cotangent."""
-    return _per_sample(jnp.where, (_largest(u0) > 0) & (_largest(unit) > 0), u0, unit)
+    usable = jnp.any(u0 != 0, axis=1) & jnp.any(unit != 0, axis=1)
+    return jnp.where(usable[:, None], u0, unit)
 
 
 def _for_linear(solver: Solver) -> Solver:
     if isinstance(solver, Anderson):
         return dataclasses.replace(solver, ridge=min(solver.ridge, 1e-4))
     return solver
-
-
-def _per_sample(operation: Callable[..., jax.Array], s: jax.Array, *trees: PyTree) -> PyTree:
-    """operation(s, *leaves) with one number s [B] per sample, in the dtype of the first tree."""
-
-    def leaf(*x: jax.Array) -> jax.Array:
-        return operation(s.reshape(-1, *(1 for _ in x[0].shape[1:])), *x).astype(x[0].dtype)
-
-    return jax.tree.map(leaf, *trees)
 
 
 @dataclass(frozen=True)
@@ -174,9 +319,8 @@ class Phantom:
         if not 0 < self.damping <= 1:
             raise ValueError(f"Phantom(damping={self.damping}): expected a value in (0, 1].")
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
-        _no_adjoint(self, adjoint0)
-        return None, *_unrolled_pullback(f, z_star, args, g, self.steps, self.damping)
+    def tangent(self, solved, dtheta, dadjoint):
+        return _unrolled(self, solved, solved.z_star, self.damping, dtheta)
 
 
 @dataclass(frozen=True)
@@ -197,14 +341,8 @@ class Unrolled:
     def __post_init__(self):
         _check_steps(self)
 
-    def pullback(self, f, z0, z_star, args, g, fixed_point, solver, adjoint0):
-        _no_adjoint(self, adjoint0)
-        return None, *_unrolled_pullback(f, z0, args, g, self.steps, 1.0)
-
-
-def _no_adjoint(rule: Phantom | Unrolled, adjoint0: Adjoint | None) -> None:
-    if adjoint0 is not None:
-        raise ValueError(f"{rule} solves no adjoint equation; adjoint0 is for Implicit().")
+    def tangent(self, solved, dtheta, dadjoint):
+        return _unrolled(self, solved, solved.z0, 1.0, dtheta)
 
 
 def _check_steps(rule: Phantom | Unrolled) -> None:
@@ -212,16 +350,24 @@ def _check_steps(rule: Phantom | Unrolled) -> None:
         raise ValueError(f"{type(rule).__name__}(steps={rule.steps}): at least 1 step is needed.")
 
 
-def _unrolled_pullback(f, start, args, g, steps: int, damping: float) -> tuple[PyTree, ...]:
-    """Cotangents of args through `steps` damped iterations of f from `start`, held constant."""
+def _unrolled(
+    rule: Phantom | Unrolled, solved: Solved, start: PyTree, damping: float, dtheta: PyTree
+) -> PyTree:
+    """The tangent through `rule.steps` damped iterations of f from `start`, held constant.
 
-    def unrolled(*args: PyTree) -> PyTree:
+    A sample for which that is not finite adds nothing.
+    """
+    if solved.adjoint0 is not None:
+        raise ValueError(f"{rule} solves no adjoint equation; adjoint0 is for Implicit().")
+
+    def unrolled(theta: PyTree) -> PyTree:
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
             return ((1 - damping) * old + damping * new).astype(old.dtype)
 
         def step(z: PyTree, _: None) -> tuple[PyTree, None]:
-            return jax.tree.map(mix, z, f(z, *args)), None
+            return jax.tree.map(mix, z, solved.f(z, theta)), None
 
-        return jax.lax.scan(step, start, None, length=steps)[0]
+        return jax.lax.scan(step, start, None, length=rule.steps)[0]
 
-    return jax.vjp(unrolled, *args)[1](g)
+    _, linear = jax.linearize(unrolled, solved.theta)
+    return _finite(linear, zeros_of_rows(ravel(start)) > 0)[0](dtheta)

@@ -4,6 +4,17 @@ import jax
 import jax.numpy as jnp
 
 
+def ring_like(z: jax.Array, m: int) -> jax.Array:
+    """Zeros [B, m, N] for the last m of vectors like z [B, N]; sharded as z is."""
+    batch, n = z.shape
+    return jnp.broadcast_to(jnp.zeros_like(z)[:, None], (batch, m, n))
+
+
+def put(ring: jax.Array, x: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+    """The ring with x at `slot` of an axis."""
+    return jax.lax.dynamic_update_index_in_dim(ring, x, slot, axis)
+
+
 def products(vectors: jax.Array, x: jax.Array) -> jax.Array:
     """⟨v_j, x⟩ [B, m] per sample, from v [B, m, N] and x [B, N]."""
     return jnp.einsum("bmn,bn->bm", vectors, x, precision=jax.lax.Precision.HIGHEST)
@@ -19,13 +30,14 @@ def mixing_weights(gram: jax.Array, valid: jax.Array, ridge: float) -> jax.Array
     m = gram.shape[0]
     diagonal = jnp.diagonal(gram).T
     norm = jnp.sqrt(jnp.where(valid, diagonal, 1))
-    inverse = jnp.where(valid, jnp.min(jnp.where(valid, norm, jnp.inf), axis=0) / norm, 0)
+    smallest = jnp.min(jnp.where(valid, norm, jnp.inf), axis=0, keepdims=True)
+    inverse = jnp.where(valid, smallest / norm, 0)
     both = valid[:, None] & valid[None]
     correlation = jnp.where(both, gram / (norm[:, None] * norm[None]), 0)
     eye = jnp.eye(m, dtype=gram.dtype)[:, :, None]
-    y = solve_positive(correlation + eye * jnp.where(valid, ridge, 1), inverse)
+    y = solve_positive(correlation + eye * jnp.where(valid, ridge, 1.0)[None], inverse)
     alpha = inverse * y
-    return alpha / jnp.sum(alpha, axis=0)
+    return alpha / jnp.sum(alpha, axis=0, keepdims=True)
 
 
 def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:

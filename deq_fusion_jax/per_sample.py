@@ -7,16 +7,27 @@ what went wrong begun again from there; a solver only proposes the next iterate.
 This is the only file that imports jaxopt.
 """
 
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deq_fusion_jax.state import Map, PyTree, ravel, unraveler, varying, working_dtype
-from deq_fusion_jax.stats import SolveStats
+from deq_fusion_jax.program import collective_axes
+from deq_fusion_jax.state import (
+    Map,
+    PyTree,
+    ravel,
+    unraveler,
+    varying,
+    working_dtype,
+    zeros_of_rows,
+)
+from deq_fusion_jax.stats import SolveStats, Status
 
 with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
     warnings.filterwarnings("ignore", message="JAXopt is no longer maintained")
@@ -28,16 +39,26 @@ with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
 # there. Below FAR they may be on their way over a hump, where mixing would only take them back.
 PROGRESS, MIXED, PLAIN, ESCAPE, FAR = 0.9, 6, 42, 10, 0.2
 
+# By default a state counts as zero where its norm is below this: atol = FLOOR × tol.
+FLOOR = 1e-9
+
+
+def _known(value: Any) -> bool:
+    """Whether an option is a number now; it may be an array, traced even, that is one later."""
+    return isinstance(value, int | float | np.generic)
+
 
 class _State(NamedTuple):
     """State of `_Loop`, one entry per sample b; jaxopt reads `iter_num` and `error`."""
 
     iter_num: jax.Array  # [] evaluations so far
-    error: jax.Array  # [] the largest residual among unfinished samples, 0 when all are done
-    best: jax.Array  # [B, N] finite iterate of lowest residual
-    residual: jax.Array  # [B] its residual
+    error: jax.Array  # [] infinite while another evaluation is due, then 0
+    best: jax.Array  # [B, N] the iterate with the smallest ‖f(z) − z‖, or the one at the tolerance
+    step: jax.Array  # [B] ‖f(z) − z‖ there
+    residual: jax.Array  # [B] its relative residual, by the last evaluation where it is at rest
     steps: jax.Array  # [B] evaluations used
-    active: jax.Array  # [B] not finished yet
+    active: jax.Array  # [B] not finished yet; the others are at rest, at their best
+    status: jax.Array  # [B] why it would fail
     age: jax.Array  # [B] evaluations since the start or the last restart
     milestone: jax.Array  # [B] the residual that progress is measured against
     since: jax.Array  # [B] evaluations since then
@@ -47,11 +68,16 @@ class _State(NamedTuple):
 
 @dataclass(eq=False)
 class _Loop(jaxopt.base.IterativeSolver):
-    """jaxopt solver for z = f(z) on matrices [B, N], one independent problem per row."""
+    """jaxopt solver for z = f(z) on matrices [B, N], one problem per row.
+
+    Rows may read one another. So a row at rest is measured in every evaluation, and goes on if it
+    is no longer at its tolerance; and the loop ends with an evaluation of the state it returns.
+    """
 
     f: Callable[..., jax.Array]
     config: "PerSample"
     round: Callable[[jax.Array], jax.Array] = lambda z: z  # to what f's own dtype can hold
+    axes: tuple[str, ...] = ()  # of a mesh: f has collectives, so its devices stop together
 
     implicit_diff = False  # the gradient is fixed_point.py's business
     jit = True
@@ -71,64 +97,79 @@ class _Loop(jaxopt.base.IterativeSolver):
 
     def run(self, z: jax.Array, *args: PyTree) -> jaxopt.OptStep:
         """jaxopt's loop, less its first step outside the loop: half the program to compile."""
-
-        def unfinished(step: jaxopt.OptStep) -> jax.Array:
-            return (step.state.error > self.tol) & (step.state.iter_num < self.maxiter)
-
         start = varying(jaxopt.OptStep(z, self.init_state(z, *args)), [jax.typeof(z)])
-        return jax.lax.while_loop(unfinished, lambda step: self.update(*step, *args), start)
+        return jax.lax.while_loop(
+            lambda step: step.state.error > 0, lambda step: self.update(*step, *args), start
+        )
 
     def init_state(self, z: jax.Array, *args: PyTree) -> _State:
-        batch = z.shape[0]
-        shape = (self.maxiter, batch)
+        row = zeros_of_rows(z)
+        count, infinite = row.astype(jnp.int32), jnp.full_like(row, jnp.inf)
+        trace = None
+        if self.config.trace:  # the last row is for the evaluation of what is returned
+            blank = jnp.full_like(row, _blank())
+            trace = jnp.broadcast_to(blank, (self.maxiter + 1, *row.shape))
         return _State(
             iter_num=jnp.zeros((), jnp.int32),
             error=jnp.full((), jnp.inf, z.dtype),
             best=z,
-            residual=jnp.full(batch, jnp.inf, z.dtype),
-            steps=jnp.zeros(batch, jnp.int32),
-            active=jnp.ones(batch, bool),
-            age=jnp.zeros(batch, jnp.int32),
-            milestone=jnp.full(batch, jnp.inf, z.dtype),
-            since=jnp.zeros(batch, jnp.int32),
+            step=infinite,
+            residual=infinite,
+            steps=count,
+            active=count == 0,
+            status=jnp.full_like(count, Status.OUT_OF_STEPS),
+            age=count,
+            milestone=infinite,
+            since=count,
             memory=self.config.remember(z),
-            trace=jnp.full(shape, jnp.nan, z.dtype) if self.config.trace else None,
+            trace=trace,
         )
 
     def update(self, z: jax.Array, state: _State, *args: PyTree) -> jaxopt.OptStep:
         """One evaluation of f, and the next iterate of every unfinished sample."""
         fz = self.f(z, *args)
-        residual = relative_residual(fz, z)
-        finite = jnp.isfinite(residual)
-        active = state.active
+        step, residual = measured(fz, z, self.config.floor)
+        finite, reached = jnp.isfinite(residual), residual <= self.tol
+        in_time = state.iter_num < self.maxiter
 
-        better = active & (residual < state.residual)
+        # A row that had reached the tolerance and has lost it, because others moved, starts anew.
+        disturbed = ~state.active & (state.residual <= self.tol) & ~reached & in_time
+        active = state.active | disturbed
+        # Smaller by more than rounding, so that the end of a solve that gets nowhere is not "best".
+        noise = jnp.finfo(z.dtype).eps / residual
+        better = active & (reached | disturbed | (step * (1 + noise) < state.step))
         best = jnp.where(better[:, None], z, state.best)
-        lowest = jnp.where(better, residual, state.residual)
         trace = state.trace
         if trace is not None:
-            trace = trace.at[state.iter_num].set(jnp.where(active, residual, jnp.nan))
+            value = jnp.where(active, residual, _blank())
+            trace = jax.lax.dynamic_update_index_in_dim(trace, value, state.iter_num, 0)
 
         # NaN or overflow: once more from the best iterate, with an empty memory and a plain step.
         # Where the plain step itself led here there is nothing left to try.
-        stuck = ~finite & (state.age <= 1)
-        unfinished = active & ~stuck & ~(residual <= self.tol)
-        age = jnp.where(finite, state.age + 1, 0)
-        milestone, since = _progress(state, residual)
+        stuck = active & ~finite & (state.age <= 1)
+        unfinished = active & ~stuck & ~reached & (state.iter_num + 1 < self.maxiter)
+        age = jnp.where(finite, jnp.where(disturbed, 1, state.age + 1), 0)
+        milestone, since = _progress(state, residual, disturbed)
         memory, proposal = self.config.propose(
             state.memory, state.iter_num, age, z, fz, plain=_stalled(since)
         )
         z_next = jnp.where((unfinished & finite)[:, None], self.round(proposal), best)
 
+        # Rows that fail go back to their best. Has this evaluation seen all that is returned?
+        due = jnp.any(unfinished | (active & ~reached))
+        if self.axes:
+            due = varying(jax.lax.pmax(due, self.axes), [jax.typeof(residual)])
         return jaxopt.OptStep(
             z_next,
             _State(
                 iter_num=state.iter_num + 1,
-                error=jnp.max(jnp.where(unfinished, lowest, 0), initial=0),
+                error=jnp.where(due, jnp.inf, 0.0).astype(z.dtype),
                 best=best,
-                residual=lowest,
-                steps=state.steps + active,
+                step=jnp.where(better, step, state.step),
+                residual=jnp.where(better | ~active, residual, state.residual),
+                steps=state.steps + active.astype(jnp.int32),
                 active=unfinished,
+                status=_status(state, active, better, stuck, step),
                 age=age,
                 milestone=milestone,
                 since=since,
@@ -141,15 +182,33 @@ class _Loop(jaxopt.base.IterativeSolver):
         return self.f(z, *args) - z
 
 
-def _progress(state: _State, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _status(
+    state: _State, active: jax.Array, better: jax.Array, stuck: jax.Array, step: jax.Array
+) -> jax.Array:
+    """Why a sample would fail, if it ended here."""
+    away = ~(step <= ESCAPE * state.step)
+    status = jnp.where(away, Status.DIVERGED, state.status)
+    status = jnp.where(better, Status.OUT_OF_STEPS, status)
+    status = jnp.where(stuck, Status.NOT_FINITE, status)
+    return jnp.where(active, status, state.status).astype(jnp.int32)
+
+
+def _progress(
+    state: _State, residual: jax.Array, disturbed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The residual that progress is measured against from here on, and evaluations since it.
 
     Mixing can come to rest where the residual has a minimum that is no fixed point; plain iteration
     walks on. So a sample that stalls alternates between the two.
     """
-    anew = residual < PROGRESS * state.milestone
+    anew = disturbed | (residual < PROGRESS * state.milestone)
     anew |= _stalled(state.since) & (residual > jnp.maximum(ESCAPE * state.milestone, FAR))
     return jnp.where(anew, residual, state.milestone), jnp.where(anew, 0, state.since + 1)
+
+
+def _blank() -> float:
+    """What the trace holds where nothing was measured; jax_debug_nans takes any NaN for a bug."""
+    return jnp.inf if jax.debug_nans.value else jnp.nan
 
 
 def _stalled(since: jax.Array) -> jax.Array:
@@ -157,23 +216,28 @@ def _stalled(since: jax.Array) -> jax.Array:
     return since % (MIXED + PLAIN) >= MIXED
 
 
-def relative_residual(fz: jax.Array, z: jax.Array) -> jax.Array:
-    """‖f(z) − z‖ / ‖f(z)‖ per row of [B, N] matrices; 0 where f(z) = z = 0."""
+def measured(fz: jax.Array, z: jax.Array, floor: Any) -> tuple[jax.Array, jax.Array]:
+    """‖f(z) − z‖ and ‖f(z) − z‖ / (‖f(z)‖ + floor) per row of [B, N] matrices; 0 / 0 is 0."""
     limits = jnp.finfo(z.dtype)
 
-    def scaled() -> jax.Array:
-        size = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, keepdims=True) + limits.tiny
-        residual = row_norm((fz - z) / size) / (row_norm(fz / size) + limits.tiny)
+    def scaled() -> tuple[jax.Array, jax.Array]:
+        largest = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, initial=0) + limits.tiny
+        scale = largest[:, None]
+        step = row_norm((fz - z) / scale)
+        residual = step / (row_norm(fz / scale) + floor / largest + limits.tiny)
         # Past this size 1 / size is denormal, and the quotients would be flushed to 0.
-        return jnp.where(size[:, 0] < 0.01 * limits.max, residual, jnp.inf)
+        usable = largest < 0.01 * limits.max
+        return jnp.where(usable, step * largest, jnp.inf), jnp.where(usable, residual, jnp.inf)
 
     # Squares of small or large states leave the range of float32; such rows are scaled first.
     step, size = row_norm(fz - z), row_norm(fz)
     low, high = limits.tiny**0.25, limits.max**0.25
     in_range = (size > low) & (size < high) & (step < high)
-    residual = step / size
+    simple = step, step / (size + floor)
     return jax.lax.cond(
-        jnp.all(in_range), lambda: residual, lambda: jnp.where(in_range, residual, scaled())
+        jnp.all(in_range),
+        lambda: simple,
+        lambda: tuple(jnp.where(in_range, *pair) for pair in zip(simple, scaled(), strict=True)),
     )
 
 
@@ -184,28 +248,39 @@ def row_norm(x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class PerSample:
-    """Options that Picard, Anderson and Broyden have, and the solve itself.
+    """Options that Picard, Anderson and Broyden have, and the solve itself; see `Anderson`."""
 
-    Attributes:
-      tol: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a sample is done.
-      max_steps: the most evaluations of f a sample may use.
-      damping: β in (0, 1]; z ← z + β (f(z) − z) is the plain step.
-      trace: whether `SolveStats.trace` is recorded.
-    """
-
-    tol: float = 1e-4
-    max_steps: int = 50
-    damping: float = 1.0
+    tol: Any = 1e-4
+    max_steps: Any = 50
+    damping: Any = 1.0
     trace: bool = False
+    atol: Any = None
 
     def __post_init__(self):
         name = type(self).__name__
-        if not self.tol > 0:
+        for option in ("tol", "damping", "atol", "max_steps"):
+            value = getattr(self, option)
+            if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+                raise ValueError(
+                    f"{name}({option}=…) has shape {list(value.shape)}; expected one number."
+                )
+        if _known(self.tol) and not 0 < self.tol < math.inf:
             raise ValueError(f"{name}(tol={self.tol}): tol is a relative residual; give one > 0.")
-        if self.max_steps < 1:
+        if _known(self.atol) and not 0 <= self.atol < math.inf:
+            raise ValueError(f"{name}(atol={self.atol}): expected a value ≥ 0, or None.")
+        if _known(self.max_steps) and self.max_steps < 1:
             raise ValueError(f"{name}(max_steps={self.max_steps}): at least 1 step is needed.")
-        if not 0 < self.damping <= 1:
+        if not _known(self.max_steps) and self.trace:
+            raise ValueError(
+                f"{name}(trace=True) allocates max_steps rows; give max_steps as a Python int."
+            )
+        if _known(self.damping) and not 0 < self.damping <= 1:
             raise ValueError(f"{name}(damping={self.damping}): expected a value in (0, 1].")
+
+    @property
+    def floor(self) -> Any:
+        """The size of f(z) below which the tolerance is absolute: atol / tol."""
+        return FLOOR if self.atol is None else self.atol / self.tol
 
     def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
         """Solves z = f(z, *args) from z0, every leaf [B, …]. No gradient; see `deq_fixed_point`.
@@ -214,7 +289,7 @@ class PerSample:
           ValueError: tol is below the resolution of the coarsest dtype of z0.
         """
         coarsest = max((jnp.finfo(x.dtype) for x in jax.tree.leaves(z0)), key=lambda i: i.eps)
-        if self.tol < coarsest.eps:
+        if _known(self.tol) and self.tol < coarsest.eps:
             raise ValueError(
                 f"tol={self.tol} is below the resolution of {coarsest.dtype} "
                 f"({float(coarsest.eps):.1e}); raise tol or use a wider dtype for the state."
@@ -223,12 +298,30 @@ class PerSample:
         mixed = any(x.dtype != working_dtype(z0) for x in jax.tree.leaves(z0))
         loop = _Loop(
             f=lambda z, *args: ravel(f(unravel(z), *args)),
-            config=self,
+            config=self._in(working_dtype(z0)),
             round=(lambda z: ravel(unravel(z))) if mixed else (lambda z: z),
+            axes=collective_axes(f),
         )
         _, state = loop.run(ravel(z0), *args)
-        stats = SolveStats(state.steps, state.residual, state.residual <= self.tol, state.trace)
-        return unravel(state.best), stats
+        residual = jnp.where(jnp.isnan(state.residual), jnp.inf, state.residual)
+        converged = residual <= loop.tol
+        status = jnp.where(jnp.isfinite(residual), state.status, Status.NOT_FINITE)
+        status = jnp.where(converged, Status.CONVERGED, status)
+        trace = None if state.trace is None else state.trace[:-1]
+        return unravel(state.best), SolveStats(
+            state.steps, residual, converged, trace, status.astype(jnp.int32)
+        )
+
+    def _in(self, dtype: jnp.dtype) -> Self:
+        """The options that are arrays in the types that the loop computes with."""
+        kinds = {"tol": dtype, "atol": dtype, "damping": dtype, "max_steps": jnp.int32}
+        values = {name: getattr(self, name) for name in kinds}
+        arrays: dict[str, Any] = {
+            name: jnp.asarray(value).astype(kinds[name])
+            for name, value in values.items()
+            if isinstance(value, np.ndarray | jax.Array)
+        }
+        return replace(self, **arrays)
 
     def remember(self, z: jax.Array) -> Any:
         """The empty memory for a state like z [B, N]."""

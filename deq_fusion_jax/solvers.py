@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.mixing import combination, mixing_weights, products
-from deq_fusion_jax.per_sample import PerSample, jaxopt, relative_residual, row_norm
-from deq_fusion_jax.state import Map, PyTree, ravel, unraveler
-from deq_fusion_jax.stats import SolveStats
+from deq_fusion_jax.mixing import combination, mixing_weights, products, put, ring_like
+from deq_fusion_jax.per_sample import PerSample, jaxopt, measured, row_norm
+from deq_fusion_jax.program import collective_axes
+from deq_fusion_jax.state import Map, PyTree, ravel, unraveler, zeros_of_rows
+from deq_fusion_jax.stats import SolveStats, Status
 
 
 class Solver(Protocol):
@@ -87,24 +88,25 @@ class Anderson(PerSample):
             raise ValueError(f"Anderson(ridge={self.ridge}): expected a value ≥ 0.")
 
     def remember(self, z: jax.Array) -> _History:
-        m, (batch, n) = self.history, z.shape
-        ring = jnp.zeros((batch, m, n), z.dtype)
-        return _History(ring, ring, jnp.zeros((m, m, batch), z.dtype))
+        m, row = self.history, zeros_of_rows(z)
+        ring = ring_like(z, m)
+        return _History(ring, ring, jnp.broadcast_to(row, (m, m, *row.shape)))
 
     def propose(self, memory, k, age, z, fz, plain):
         m = self.history
         slot = k % m
         r, usable = fz - z, (age > 0)[:, None]
-        residuals = memory.residuals.at[:, slot].set(jnp.where(usable, r, 0))
-        images = memory.images.at[:, slot].set(jnp.where(usable, z + self.damping * r, 0))
+        residuals = put(memory.residuals, jnp.where(usable, r, 0), slot, 1)
+        images = put(memory.images, jnp.where(usable, z + self.damping * r, 0), slot, 1)
         row = products(residuals, r).T
-        gram = memory.gram.at[slot].set(row).at[:, slot].set(row)
+        gram = put(put(memory.gram, row, slot, 0), row, slot, 1)
         evaluations_ago = (slot - jnp.arange(m)) % m
-        valid = evaluations_ago[:, None] < age
+        valid = evaluations_ago[:, None] < age[None]
         alpha = mixing_weights(gram, valid, self.ridge)
         # The newest image alone is the plain step.
         mixed = jnp.all(jnp.isfinite(alpha), axis=0) & ~plain
-        alpha = jnp.where(mixed, alpha, evaluations_ago[:, None] == 0)
+        newest = (evaluations_ago[:, None] == 0).astype(z.dtype)
+        alpha = jnp.where(mixed[None], alpha, newest)
         return _History(residuals, images, gram), combination(alpha.T, images)
 
 
@@ -144,7 +146,7 @@ class Broyden(PerSample):
             raise ValueError(f"Broyden(history={self.history}): at least 1 secant pair is needed.")
 
     def remember(self, z: jax.Array) -> _Secants:
-        ring = jnp.zeros((z.shape[0], self.history, z.shape[1]), z.dtype)
+        ring = ring_like(z, self.history)
         return _Secants(ring, ring, z, jnp.zeros_like(z))
 
     def propose(self, memory, k, age, z, fz, plain):
@@ -154,7 +156,8 @@ class Broyden(PerSample):
         # Pairs since the last restart; age − 1 of them fit the newest evaluation.
         pairs = jnp.maximum(age - 1, 0) % (m + 1)
         evaluations_ago = (slot - jnp.arange(m)) % m
-        old = ((evaluations_ago > 0) & (evaluations_ago < pairs[:, None]))[:, :, None]
+        ago = evaluations_ago[None]
+        old = ((ago > 0) & (ago < pairs[:, None]))[:, :, None]
         u, v = jnp.where(old, memory.u, 0), jnp.where(old, memory.v, 0)
 
         dz, dg = z - memory.z, g - memory.g
@@ -163,8 +166,8 @@ class Broyden(PerSample):
         small = jnp.finfo(z.dtype).eps * (row_norm(new_v) * row_norm(dg))[:, None]
         usable = (pairs > 0)[:, None] & (jnp.abs(denominator) > small)
         new_u = (dz - _apply(u, v, dg)) / jnp.where(usable, denominator, 1)
-        u = u.at[:, slot].set(jnp.where(usable, new_u, 0))
-        v = v.at[:, slot].set(jnp.where(usable, new_v, 0))
+        u = put(u, jnp.where(usable, new_u, 0), slot, 1)
+        v = put(v, jnp.where(usable, new_v, 0), slot, 1)
         step = -_apply(u, v, g)
         mixed = jnp.all(jnp.isfinite(step), axis=1) & ~plain
         return _Secants(u, v, z, g), z + self.damping * jnp.where(mixed[:, None], step, g)
@@ -193,6 +196,11 @@ class _Jaxopt:
         return self.solver.tol
 
     def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
+        if axes := collective_axes(f):
+            raise ValueError(
+                f"f communicates over {axes}, and jaxopt's solvers stop on every device by themselves"
+                "; give Picard, Anderson or Broyden of this library, which stop together."
+            )
         changes: dict[str, Any] = {"implicit_diff": False, "has_aux": False, "unroll": False}
         if isinstance(self.solver, jaxopt.Broyden):  # a root finder
             changes["fun"] = lambda z, *args: jax.tree.map(jnp.subtract, f(z, *args), z)
@@ -202,10 +210,13 @@ class _Jaxopt:
         flat, flat0 = ravel(z), ravel(z0)
         flat = jnp.where(jnp.all(jnp.isfinite(flat), axis=1, keepdims=True), flat, flat0)
         z = unraveler(z0)(flat)
-        residual = relative_residual(ravel(f(z, *args)), flat)
+        _, residual = measured(ravel(f(z, *args)), flat, 0.0)
         residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
         steps = jnp.full(flat.shape[0], state.iter_num, jnp.int32)
-        return z, SolveStats(steps, residual, residual <= self.solver.tol)
+        converged = residual <= self.solver.tol
+        status = jnp.where(jnp.isfinite(residual), Status.OUT_OF_STEPS, Status.NOT_FINITE)
+        status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+        return z, SolveStats(steps, residual, converged, status=status)
 
 
 def as_solver(solver: Any) -> Solver:

@@ -31,6 +31,11 @@ def check_state(z: PyTree) -> None:
         raise ValueError("z0 has no arrays; expected a pytree of floating-point arrays [B, …].")
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
         raise ValueError(f"z0 is {describe(z)}; expected real floating-point arrays only.")
+    if any(jnp.finfo(x.dtype).bits < 16 for x in leaves):
+        raise ValueError(
+            f"z0 is {describe(z)}; expected a state of 16 bits or more: f may compute "
+            "in 8, but what it iterates has to hold a residual."
+        )
     if any(x.ndim == 0 for x in leaves) or len({x.shape[0] for x in leaves}) > 1:
         raise ValueError(f"z0 is {describe(z)}; expected one leading batch axis B for all leaves.")
 
@@ -46,6 +51,22 @@ def varying(tree: PyTree, avals: Iterable[Any]) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
+def placed_like(tree: PyTree, like: Iterable[Any]) -> PyTree:
+    """The tree, sharded as the types `like` say where a mesh has Explicit axes."""
+
+    def place(x: jax.Array, aval: Any) -> jax.Array:
+        same = jax.typeof(x).sharding == aval.sharding
+        return x if same or aval.sharding.mesh.empty else jax.reshard(x, aval.sharding)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, [place(x, a) for x, a in zip(leaves, like, strict=True)])
+
+
+def zeros_of_rows(matrix: jax.Array) -> jax.Array:
+    """Zeros [B], sharded as the rows of the matrix are."""
+    return jnp.sum(jnp.zeros_like(matrix), axis=1)
+
+
 def working_dtype(z: PyTree) -> jnp.dtype:
     """The type that residuals and mixing are computed in: the widest leaf's, at least float32."""
     return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(z)))
@@ -54,7 +75,9 @@ def working_dtype(z: PyTree) -> jnp.dtype:
 def ravel(z: PyTree) -> jax.Array:
     """The state as a matrix [B, N] in the working dtype."""
     dtype = working_dtype(z)
-    leaves = [x.astype(dtype).reshape(x.shape[0], -1) for x in jax.tree.leaves(z)]
+    leaves = [
+        x.astype(dtype).reshape(x.shape[0], math.prod(x.shape[1:])) for x in jax.tree.leaves(z)
+    ]
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from deq_fusion_jax import Anderson
+from deq_fusion_jax import Anderson, Implicit
 from deq_fusion_jax.baselines import make_fusion
 from experiments.common.errors import InputError
 from experiments.common.files import config_to_dict, read_json, versions, write_json
@@ -116,6 +116,8 @@ def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
     try:
         if config.fusion == "deq":
             options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
+            # As the paper trains: with few steps. Every step reports the fraction that converged.
+            options["gradient"] = Implicit(on_failure="keep")
         if config.fusion == "weight_tied":
             options["tol"] = config.tol
         return make_fusion(config.fusion, config.features, modalities, **options)
