@@ -11,7 +11,6 @@ from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit, Solved
 from deq_fusion_jax.program import Bound, lift, restore, split_arrays, trace
 from deq_fusion_jax.solvers import Anderson, Solver, as_solver
 from deq_fusion_jax.state import Map, PyTree, check_state, describe, kind
-from deq_fusion_jax.stats import SolveStats
 
 
 def deq_fixed_point(
@@ -22,45 +21,65 @@ def deq_fixed_point(
     gradient: GradientRule = Implicit(),
     adjoint0: Adjoint | None = None,
     has_aux: bool = False,
-) -> Any:
+) -> tuple[Any, ...]:
     r"""The fixed point of f for every sample of a batch, differentiated implicitly:
 
     $$z^⋆ = f(z^⋆, θ),$$
 
-    with θ for `args`. A sample is done when over its whole state
+    with θ for `args` and for what f closes over. A sample has converged when over its whole state
 
-    $$‖f(z, θ) − z‖ / ‖f(z, θ)‖ ≤ \mathtt{tol}.$$
-
-    It then stays as it is, so a sample gets the same answer alone and in any batch, as long as f
-    itself treats the samples independently. A sample that does not get there returns its best
-    finite iterate and has `stats.converged` False. The residual is relative, so $z^⋆ = 0$ is only
-    reached exactly, and a map such as z + 1, which has no fixed point, may pass once z is large.
+    $$‖f(z, θ) − z‖ ≤ \mathtt{atol} + \mathtt{tol} ‖f(z, θ)‖.$$
 
         >>> import jax, jax.numpy as jnp
         >>> from deq_fusion_jax import deq_fixed_point
         >>> def f(z, a):
         ...     return jnp.cos(a * z)
-        >>> a = jnp.array([[1.0], [0.5]])
-        >>> z_star, stats = deq_fixed_point(f, jnp.zeros((2, 1)), a)
+        >>> @jax.jit
+        ... def solve(a):
+        ...     return deq_fixed_point(f, jnp.zeros_like(a), a)
+        >>> z_star, stats = solve(jnp.array([[1.0], [0.5]]))
         >>> [f"{value:.2f}" for value in z_star[:, 0]], stats.converged.tolist()
         (['0.74', '0.90'], [True, True])
 
+    **The batch.** The first axis of every array of the state is the batch. A row is a sample: it
+    has its own residual, mixing, stopping and statistics, and at its tolerance it rests. So it gets
+    the same answer alone and in any batch, if f treats the rows independently. If f lets them read
+    one another, as the nodes of a graph do, the answer is no less true: a row at rest is measured
+    in every evaluation, and goes on if the others moved it off its tolerance; `converged` is what
+    one evaluation at the returned state says. But rows are mixed each for itself, which may fail
+    where mixing all as one sample succeeds: give such a state a batch axis of 1, `z0[None]`.
+
+    **Put it in `jax.jit`**, with the arrays as arguments. It works without; then f is traced in
+    every call, and compiled once for equal maps and shapes.
+
+    **When it fails.** A sample that does not converge returns its best finite iterate, the one with
+    the smallest ‖f(z) − z‖. `stats.status` says why it ended, and `stats.raise_if_failed()` raises
+    and says what to try. It adds nothing to gradients, and a gradient that asks for it issues a
+    `ConvergenceWarning`; see `Implicit`. A map without a fixed point, such as z + 1, may pass where
+    z is so large that the step is within the tolerance.
+
+    On a mesh the batch may be sharded over Auto and Explicit axes. In `jax.shard_map` and
+    `jax.pmap` the devices stop each by itself, and together where f communicates.
+
     Args:
-      f: the map `(z, *args)` → z, each sample for itself. It may close over traced values, and
-        they get their gradients; it must not change them. Traced once.
-      z0: where the iteration starts: a pytree of real floating-point arrays [B, …]; a state
-        without a batch axis needs one, `z0[None]`. Its gradient is zero, since $z^⋆$ does not
-        depend on it. Give the last solution for a warm start.
-      *args: pytrees of arrays, passed on to f. Differentiated in reverse mode, any number of
-        times. Forward mode raises JAX's own TypeError for a custom_vjp function.
-      solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects.
+      f: the map `(z, *args)` → z, traced once. It may close over traced values, and they get their
+        gradients; it must not change them.
+      z0: where the iteration starts: a pytree of real floating-point arrays [B, …]. Its gradient is
+        zero, since $z^⋆$ does not depend on it. Give the last solution for a warm start.
+      *args: pytrees, passed on to f. Arrays and floats are differentiated, in forward and reverse
+        mode, any number of times. Other leaves, such as functions, strings, bools and ints, f gets
+        as they are.
+      solver: `Picard`, `Anderson` or `Broyden`, or one of jaxopt's fixed-point solver objects. Its
+        tol, atol and max_steps may be arrays, known at run time only.
       gradient: `Implicit`, `Phantom` or `Unrolled`.
       adjoint0: where the backward solve of `Implicit` starts; its gradient is, by definition, how
         that solve ended. See `Adjoint`.
+      has_aux: whether f returns (z, aux).
 
     Returns:
       z_star: like z0.
       stats: `SolveStats`, per sample and without gradient.
+      aux: with `has_aux`, that of one more evaluation of f, at z_star, with gradients.
 
     Raises:
       ValueError: z0 is not a batch of floating-point arrays, f(z0) differs from z0 in structure,
@@ -104,7 +123,7 @@ def _tangent(program, solver, gradient, primals, tangents):
     z_star, stats = _fixed_point(program, solver, gradient, *primals)
     z0, adjoint0, options, fixed, theta = primals
     solver, gradient = restore((solver, gradient), options)
-    f: Map = Bound(program, fixed)
+    f = Bound(program, fixed)
     solved = Solved(f, z0, z_star, theta, stats, solver, deq_fixed_point, adjoint0)
     _, dadjoint, _, _, dtheta = tangents
     watched = not all(isinstance(x, SymbolicZero) for x in jax.tree.leaves(dadjoint))

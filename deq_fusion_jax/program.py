@@ -44,7 +44,8 @@ class Program:
         return self.jaxpr is other.jaxpr or _same_jaxpr(self.jaxpr, other.jaxpr)
 
 
-class Bound(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Bound:
     """A program with its integer leaves: f(z, theta), where theta are the others."""
 
     program: Program

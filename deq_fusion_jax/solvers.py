@@ -32,7 +32,7 @@ class Picard(PerSample):
 
     $$z ← (1 − β) z + β f(z).$$
 
-    See `Anderson` for the shared options tol, max_steps, damping (β) and trace.
+    See `Anderson` for the shared options tol, max_steps, damping (β), trace and atol.
     """
 
     def remember(self, z: jax.Array) -> tuple[()]:
@@ -67,8 +67,11 @@ class Anderson(PerSample):
     The ridge is relative, so that it means the same at the first step and at the last.
 
     Attributes:
-      tol: relative residual $‖f(z) − z‖ / ‖f(z)‖$ at which a sample is done.
-      max_steps: the most evaluations of f a sample may use.
+      tol, atol: the relative and the absolute tolerance, as rtol and atol of `numpy.allclose`: a
+        sample is done when $‖f(z) − z‖ ≤ \mathtt{atol} + \mathtt{tol} ‖f(z)‖$. With atol None it is
+        1e-9 tol: a state whose norm is below 1e-9 counts as zero. Either may be an array.
+      max_steps: the most evaluations of f a sample may use; it may be an array. One
+        more, of what is returned, follows where a sample fails.
       damping: β in (0, 1].
       trace: whether `SolveStats.trace` is recorded.
       history: m, how many iterates are mixed.
@@ -84,7 +87,7 @@ class Anderson(PerSample):
         super().__post_init__()
         if self.history < 2:
             raise ValueError(f"Anderson(history={self.history}): mixing needs at least 2 iterates.")
-        if not self.ridge >= 0:
+        if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
             raise ValueError(f"Anderson(ridge={self.ridge}): expected a value ≥ 0.")
 
     def remember(self, z: jax.Array) -> _History:
@@ -132,7 +135,7 @@ class Broyden(PerSample):
     When the memory is full it starts afresh.
 
     Attributes:
-      tol, max_steps, damping (β), trace: as in `Anderson`.
+      tol, max_steps, damping (β), trace, atol: as in `Anderson`.
       history: m, how many secant pairs are kept.
 
     Source: Broyden, "A class of methods for solving nonlinear simultaneous equations", 1965.
@@ -198,8 +201,8 @@ class _Jaxopt:
     def solve(self, f: Map, z0: PyTree, *args: PyTree) -> tuple[PyTree, SolveStats]:
         if axes := collective_axes(f):
             raise ValueError(
-                f"f communicates over {axes}, and jaxopt's solvers stop on every device by themselves"
-                "; give Picard, Anderson or Broyden of this library, which stop together."
+                f"f communicates over {axes}, but jaxopt's solvers stop on every device by "
+                "themselves; give Picard, Anderson or Broyden of this library, which stop together."
             )
         changes: dict[str, Any] = {"implicit_diff": False, "has_aux": False, "unroll": False}
         if isinstance(self.solver, jaxopt.Broyden):  # a root finder

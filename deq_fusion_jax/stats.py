@@ -30,14 +30,14 @@ class ConvergenceWarning(RuntimeWarning):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SolveStats:
-    """Per-sample statistics of one solve; plain arrays, so they pass through jit, vmap and scan.
+    r"""Per-sample statistics of one solve; plain arrays, so they pass through jit, vmap and scan.
 
     They carry no gradient.
 
     Attributes:
       steps: [B] int32, evaluations of f that the sample used, the last one included.
-      residual: [B] relative residual $‖f(z) − z‖ / ‖f(z)‖$ at the returned z, in float32 or wider;
-        infinite where no finite iterate was met.
+      residual: [B] $‖f(z) − z‖ / (‖f(z)‖ + \mathtt{atol} / \mathtt{tol})$ at the returned z, in
+        float32 or wider; infinite where f is not finite there.
       converged: [B] bool, residual ≤ tol.
       trace: [max_steps, B] the residual of every evaluation, NaN after a sample's last one; None
         unless the solver was built with `trace=True`. Under jax_debug_nans, infinite, not NaN.
@@ -88,8 +88,8 @@ export.register_pytree_node_serialization(
 _ADVICE = {
     "out_of_steps": "{out_of_steps} ran out of steps (more max_steps, or a larger tol; Anderson or "
     "Broyden where it was Picard; with Anderson a longer history or a smaller ridge)",
-    "diverged": "{diverged} moved away from where they started (damping below 1, smaller weights, a "
-    "Jacobian penalty, another z0; Anderson or Broyden where it was Picard)",
+    "diverged": "{diverged} moved away from their best (damping below 1, smaller weights, Jacobian "
+    "penalty, another z0; Anderson or Broyden where it was Picard)",
     "not_finite": "{not_finite} met NaN or infinity in f (look at its inputs and at z0)",
 }
 
