@@ -139,10 +139,6 @@ class _Loop(jaxopt.base.IterativeSolver):
         noise = jnp.finfo(z.dtype).eps / residual
         better = active & (reached | disturbed | (step * (1 + noise) < state.step))
         best = jnp.where(better[:, None], z, state.best)
-        trace = state.trace
-        if trace is not None:
-            value = jnp.where(active, residual, _blank())
-            trace = jax.lax.dynamic_update_index_in_dim(trace, value, state.iter_num, 0)
 
         # NaN or overflow: once more from the best iterate, with an empty memory and a plain step.
         # Where the plain step itself led here there is nothing left to try.
@@ -155,15 +151,12 @@ class _Loop(jaxopt.base.IterativeSolver):
         )
         z_next = jnp.where((unfinished & finite)[:, None], self.round(proposal), best)
 
-        # Rows that fail go back to their best. Has this evaluation seen all that is returned?
-        due = jnp.any(unfinished | (active & ~reached))
-        if self.axes:
-            due = varying(jax.lax.pmax(due, self.axes), [jax.typeof(residual)])
         return jaxopt.OptStep(
             z_next,
             _State(
                 iter_num=state.iter_num + 1,
-                error=jnp.where(due, jnp.inf, 0.0).astype(z.dtype),
+                # Rows that fail go back to their best, which another evaluation has to see.
+                error=self._infinite_if_any(unfinished | (active & ~reached), residual),
                 best=best,
                 step=jnp.where(better, step, state.step),
                 residual=jnp.where(better | ~active, residual, state.residual),
@@ -174,12 +167,23 @@ class _Loop(jaxopt.base.IterativeSolver):
                 milestone=milestone,
                 since=since,
                 memory=memory,
-                trace=trace,
+                trace=_recorded(state, jnp.where(active, residual, _blank())),
             ),
         )
 
+    def _infinite_if_any(self, due: jax.Array, like: jax.Array) -> jax.Array:
+        error = jnp.where(jnp.any(due), jnp.inf, 0.0).astype(like.dtype)
+        return varying(jax.lax.pmax(error, self.axes), [jax.typeof(like)]) if self.axes else error
+
     def optimality_fun(self, z: jax.Array, *args: PyTree) -> jax.Array:
         return self.f(z, *args) - z
+
+
+def _recorded(state: _State, residual: jax.Array) -> jax.Array | None:
+    """The trace with this evaluation in it, if there is one."""
+    if state.trace is None:
+        return None
+    return jax.lax.dynamic_update_index_in_dim(state.trace, residual, state.iter_num, 0)
 
 
 def _status(
