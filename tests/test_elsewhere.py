@@ -49,8 +49,8 @@ def step(z, W, bias, x):
     return jnp.tanh(z @ W + bias + x)
 
 
-def solve(W, bias, x):
-    return deq_fixed_point(step, jnp.zeros_like(x), W, bias, x, solver=SOLVER)[0]
+def solve(W, bias, x, **options):
+    return deq_fixed_point(step, jnp.zeros_like(x), W, bias, x, solver=SOLVER, **options)[0]
 
 
 def agree(value, gradients, expected=None):

@@ -47,6 +47,7 @@ def test_inputs_of_every_scale(scale):
     assert out.stats.converged.all() and finite(out) and finite(gradients)
 
 
+@pytest.mark.filterwarnings("ignore::deq_fusion_jax.ConvergenceWarning")
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e6, 1e-6])
 def test_constant_inputs(value):
     """Zero variance under the group normalisation."""
@@ -66,6 +67,7 @@ def test_a_sample_without_numbers_fails_alone(bad):
     np.testing.assert_allclose(out.fused[others], whole.fused[others], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::deq_fusion_jax.ConvergenceWarning")
 @pytest.mark.parametrize("factor", [30, 1e3, 1e6])
 def test_weights_that_let_nothing_converge(factor):
     """Finite states of finite residual, none of them called converged that is not."""
