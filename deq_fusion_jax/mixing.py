@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from deq_fusion_jax.state import zeros_placed
+
 
 def ring_like(z: jax.Array, m: int) -> jax.Array:
     """Zeros [B, m, N] for the last m of vectors like z [B, N]; sharded as z is."""
     batch, n = z.shape
-    return jnp.broadcast_to(jnp.zeros_like(z)[:, None], (batch, m, n))
+    return jnp.broadcast_to(zeros_placed(z)[:, None], (batch, m, n))
 
 
 def put(ring: jax.Array, x: jax.Array, slot: jax.Array, axis: int) -> jax.Array:

@@ -64,7 +64,12 @@ def placed_like(tree: PyTree, like: Iterable[Any]) -> PyTree:
 
 def zeros_of_rows(matrix: jax.Array) -> jax.Array:
     """Zeros [B], sharded as the rows of the matrix are."""
-    return jnp.sum(jnp.zeros_like(matrix), axis=1)
+    return jnp.sum(zeros_placed(matrix), axis=1)
+
+
+def zeros_placed(x: jax.Array) -> jax.Array:
+    """Zeros like x, Explicit sharding included; zeros_like forgets it where no mesh is set."""
+    return jnp.where(False, x, jnp.zeros((), x.dtype))
 
 
 def working_dtype(z: PyTree) -> jnp.dtype:
