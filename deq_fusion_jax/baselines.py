@@ -26,9 +26,9 @@ from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.per_sample import FLOOR, measured
+from deq_fusion_jax.residual import FLOOR, measured
 from deq_fusion_jax.state import ravel
-from deq_fusion_jax.stats import SolveStats
+from deq_fusion_jax.stats import SolveStats, judged
 
 __all__ = [
     "FUSIONS",
@@ -265,9 +265,8 @@ class WeightTied(CellFusion):
         z = jax.lax.scan(lambda z, _: (step(z, *args), None), z0, length=self.steps)[0]
         held = jax.lax.stop_gradient((z, *args))
         _, residual = measured(ravel(f(*held)), ravel(held[0]), FLOOR)
-        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
         steps = jnp.full(residual.shape, self.steps, jnp.int32)
-        return z, SolveStats(steps, residual, residual <= self.tol)
+        return z, judged(steps, residual, self.tol)
 
 
 def _at_least_one(module: nn.Module, name: str) -> None:

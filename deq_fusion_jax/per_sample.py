@@ -1,7 +1,7 @@
 """The solve that Picard, Anderson and Broyden share, as one jaxopt `IterativeSolver`.
 
-It is per sample: a sample has its own residual and its own stop, and is frozen once it is done, so
-it gets the same answer alone and in any batch. Each evaluation is measured, the best iterate kept,
+It is per sample: a sample has its own residual and its own stop, and rests once it is done, so it
+gets the same answer alone and in any batch. Each evaluation is measured, the best iterate kept,
 what went wrong begun again from there; a solver only proposes the next iterate.
 
 This is the only file that imports jaxopt.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_fusion_jax.program import collective_axes
+from deq_fusion_jax.residual import FLOOR, measured
 from deq_fusion_jax.state import (
     Map,
     PyTree,
@@ -27,7 +28,7 @@ from deq_fusion_jax.state import (
     working_dtype,
     zeros_of_rows,
 )
-from deq_fusion_jax.stats import SolveStats, Status
+from deq_fusion_jax.stats import SolveStats, Status, judged
 
 with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
     warnings.filterwarnings("ignore", message="JAXopt is no longer maintained")
@@ -38,9 +39,6 @@ with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
 # that take the residual above ESCAPE × what it was, and above FAR, diverge: mixing starts anew from
 # there. Below FAR they may be on their way over a hump, where mixing would only take them back.
 PROGRESS, MIXED, PLAIN, ESCAPE, FAR = 0.9, 6, 42, 10, 0.2
-
-# By default a state counts as zero where its norm is below this: atol = FLOOR × tol.
-FLOOR = 1e-9
 
 
 def _known(value: Any) -> bool:
@@ -220,36 +218,6 @@ def _stalled(since: jax.Array) -> jax.Array:
     return since % (MIXED + PLAIN) >= MIXED
 
 
-def measured(fz: jax.Array, z: jax.Array, floor: Any) -> tuple[jax.Array, jax.Array]:
-    """‖f(z) − z‖ and ‖f(z) − z‖ / (‖f(z)‖ + floor) per row of [B, N] matrices; 0 / 0 is 0."""
-    limits = jnp.finfo(z.dtype)
-
-    def scaled() -> tuple[jax.Array, jax.Array]:
-        largest = jnp.max(jnp.maximum(jnp.abs(fz), jnp.abs(z)), axis=1, initial=0) + limits.tiny
-        scale = largest[:, None]
-        step = row_norm((fz - z) / scale)
-        residual = step / (row_norm(fz / scale) + floor / largest + limits.tiny)
-        # Past this size 1 / size is denormal, and the quotients would be flushed to 0.
-        usable = largest < 0.01 * limits.max
-        return jnp.where(usable, step * largest, jnp.inf), jnp.where(usable, residual, jnp.inf)
-
-    # Squares of small or large states leave the range of float32; such rows are scaled first.
-    step, size = row_norm(fz - z), row_norm(fz)
-    low, high = limits.tiny**0.25, limits.max**0.25
-    in_range = (size > low) & (size < high) & (step < high)
-    simple = step, step / (size + floor)
-    return jax.lax.cond(
-        jnp.all(in_range),
-        lambda: simple,
-        lambda: tuple(jnp.where(in_range, *pair) for pair in zip(simple, scaled(), strict=True)),
-    )
-
-
-def row_norm(x: jax.Array) -> jax.Array:
-    """‖x_b‖ [B] of the rows of x [B, N]."""
-    return jnp.sqrt(jnp.sum(x * x, axis=1))
-
-
 @dataclass(frozen=True)
 class PerSample:
     """Options that Picard, Anderson and Broyden have, and the solve itself; see `Anderson`."""
@@ -307,13 +275,9 @@ class PerSample:
             axes=collective_axes(f),
         )
         _, state = loop.run(ravel(z0), *args)
-        residual = jnp.where(jnp.isnan(state.residual), jnp.inf, state.residual)
-        converged = residual <= loop.tol
-        status = jnp.where(jnp.isfinite(residual), state.status, Status.NOT_FINITE)
-        status = jnp.where(converged, Status.CONVERGED, status)
         trace = None if state.trace is None else state.trace[:-1]
-        return unravel(state.best), SolveStats(
-            state.steps, residual, converged, trace, status.astype(jnp.int32)
+        return unravel(state.best), judged(
+            state.steps, state.residual, loop.tol, state.status, trace
         )
 
     def _in(self, dtype: jnp.dtype) -> Self:

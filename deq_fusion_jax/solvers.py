@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.mixing import combination, mixing_weights, products, put, ring_like
-from deq_fusion_jax.per_sample import PerSample, jaxopt, measured, row_norm
+from deq_fusion_jax.per_sample import PerSample, jaxopt
 from deq_fusion_jax.program import collective_axes
+from deq_fusion_jax.residual import measured, row_norm
 from deq_fusion_jax.state import Map, PyTree, ravel, unraveler, zeros_of_rows
-from deq_fusion_jax.stats import SolveStats, Status
+from deq_fusion_jax.stats import SolveStats, Status, judged
 
 
 class Solver(Protocol):
@@ -214,12 +215,8 @@ class _Jaxopt:
         flat = jnp.where(jnp.all(jnp.isfinite(flat), axis=1, keepdims=True), flat, flat0)
         z = unraveler(z0)(flat)
         _, residual = measured(ravel(f(z, *args)), flat, 0.0)
-        residual = jnp.where(jnp.isfinite(residual), residual, jnp.inf)
         steps = jnp.full(flat.shape[0], state.iter_num, jnp.int32)
-        converged = residual <= self.solver.tol
-        status = jnp.where(jnp.isfinite(residual), Status.OUT_OF_STEPS, Status.NOT_FINITE)
-        status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-        return z, SolveStats(steps, residual, converged, status=status)
+        return z, judged(steps, residual, self.solver.tol, Status.OUT_OF_STEPS)
 
 
 def as_solver(solver: Any) -> Solver:

@@ -101,6 +101,23 @@ def _message(values: dict[str, Any]) -> str:
     return text + (": " + "; ".join(reasons) if reasons else "") + "."
 
 
+def judged(
+    steps: jax.Array,
+    residual: jax.Array,
+    tol: Any,
+    reason: jax.Array | Status | None = None,
+    trace: jax.Array | None = None,
+) -> SolveStats:
+    """Statistics from the residual [B] at the returned state; `reason`, why a sample would fail."""
+    finite = jnp.isfinite(residual)
+    residual = jnp.where(finite, residual, jnp.inf)
+    converged, status = residual <= tol, None
+    if reason is not None:
+        status = jnp.where(finite, reason, Status.NOT_FINITE)
+        status = jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+    return SolveStats(steps, residual, converged, trace, status)
+
+
 def in_parts(first: SolveStats, second: SolveStats) -> SolveStats:
     """Statistics of a map that was solved in two parts, [B] each.
 
