@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit, Solved
-from deq_fusion_jax.program import Bound, lift, restore, split_arrays, trace
+from deq_fusion_jax.program import Bound, trace
 from deq_fusion_jax.solvers import Anderson, Solver, as_solver
 from deq_fusion_jax.state import Map, PyTree, check_state, describe, kind
+from deq_fusion_jax.static import lift, restore, split_arrays
 
 
 def deq_fixed_point(

@@ -7,8 +7,6 @@ warm-started, from outside.
 """
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,19 +14,20 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
-from jax import export
 
+from deq_fusion_jax.failures import warn_of, without_nan
 from deq_fusion_jax.solvers import Anderson, Solver
 from deq_fusion_jax.state import (
     Map,
     PyTree,
+    exportable,
     ravel,
     unraveler,
     varying,
     working_dtype,
     zeros_of_rows,
 )
-from deq_fusion_jax.stats import ConvergenceWarning, SolveStats, Status
+from deq_fusion_jax.stats import SolveStats, Status
 
 
 class Solved(NamedTuple):
@@ -55,7 +54,7 @@ class GradientRule(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclass(frozen=True)
 class Adjoint:
     """The backward solve of `Implicit`: where it starts as a value, how it ended as a gradient.
@@ -99,14 +98,6 @@ class Adjoint:
             residual=jnp.zeros(batch, working_dtype(z0)),
             failed=jnp.zeros(batch, jnp.float32),
         )
-
-
-export.register_pytree_node_serialization(
-    Adjoint,
-    serialized_name="deq_fusion_jax.Adjoint",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
 
 
 @dataclass(frozen=True)
@@ -154,8 +145,8 @@ class Implicit:
         _, along_z = jax.linearize(lambda z: ravel(f(unravel(z), solved.theta)), z_star)
         _, along_theta = jax.linearize(lambda t: ravel(f(solved.z_star, t)), solved.theta)
         undefined = zeros_of_rows(z_star) > 0
-        along_z, undefined = _finite(along_z, undefined)
-        along_theta, undefined = _finite(along_theta, undefined)
+        along_z, undefined = without_nan(along_z, undefined)
+        along_theta, undefined = without_nan(along_theta, undefined)
         undefined = varying(undefined, [jax.typeof(z_star)])
         solve = partial(self._solve, solved, undefined)
         # The solution is differentiated by its equation alone, not by how it is solved.
@@ -210,7 +201,7 @@ class Implicit:
         elif self.on_failure == "zero":
             u = jnp.where(failed[:, None], 0, u)
         if solved.adjoint0 is None and self.on_failure != "nan":
-            _warn_of(failed, self.on_failure)
+            warn_of(failed, self.on_failure)
         steps, missed = (x.astype(jnp.float32) for x in (stats.steps, failed))
         return u, Adjoint(unraveler(solved.z_star)(v), steps, stats.residual, missed)
 
@@ -229,55 +220,6 @@ def _tied(tree: PyTree, others: PyTree) -> PyTree:
     """
     never = [jnp.where(False, jnp.sum(x), 0) for x in jax.tree.leaves(others)]
     return jax.tree.map(lambda x: x + sum(y.astype(x.dtype) for y in never), tree)
-
-
-def _finite(linear: Any, undefined: jax.Array) -> tuple[Any, jax.Array]:
-    """A linear map without NaN and infinite coefficients, and `undefined` [B] or whose they were.
-
-    A cotangent of zero times NaN is NaN, and sums over samples spread it. Coefficients belong to
-    the samples if one axis has the length of the batch, or the first one a multiple of it.
-    """
-    batch = undefined.shape[0]
-    leaves, treedef = jax.tree.flatten(linear)
-    for k, x in enumerate(leaves):
-        axes = [axis for axis, size in enumerate(x.shape) if size == batch]
-        multiple = not axes and x.ndim and batch and x.shape[0] % batch == 0
-        if not jnp.issubdtype(x.dtype, jnp.floating) or (len(axes) != 1 and not multiple):
-            continue
-        finite = jnp.isfinite(x)
-        leaves[k] = jnp.where(finite, x, 0)
-        rows = finite if multiple else jnp.moveaxis(finite, axes[0], 0)
-        rows = rows.reshape(batch, math.prod(rows.shape) // batch if batch else 0)
-        undefined |= ~jnp.all(rows, axis=1)
-    return jax.tree.unflatten(treedef, leaves), undefined
-
-
-def _warn_of(failed: jax.Array, on_failure: str) -> None:
-    """A `ConvergenceWarning` at run time if any sample [B] failed, and nothing else."""
-
-    def warn(count: Any, total: Any) -> None:
-        added = "add nothing to it" if on_failure == "zero" else "are used as they are"
-        warnings.warn(
-            f"The gradient of {int(count)} of {int(total)} samples is unknown: their fixed point "
-            f"or their adjoint equation missed its tolerance, or f has no finite derivative. They "
-            f"{added}. stats.status and an Adjoint tell which; see Implicit(on_failure=…).",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-
-    @jax.custom_batching.custom_vmap
-    def report(count: jax.Array, total: jax.Array) -> jax.Array:
-        def speak() -> None:
-            jax.debug.callback(warn, count, total)
-
-        jax.lax.cond(count > 0, speak, lambda: None)
-        return count
-
-    @report.def_vmap
-    def _(axis_size: int, batched: list[bool], count: Any, total: Any) -> Any:
-        return report(jnp.sum(count), total * axis_size), False
-
-    report(jnp.sum(failed), jnp.asarray(failed.size))
 
 
 def _guess(u0: jax.Array, unit: jax.Array) -> jax.Array:
@@ -370,4 +312,4 @@ def _unrolled(
         return jax.lax.scan(step, start, None, length=rule.steps)[0]
 
     _, linear = jax.linearize(unrolled, solved.theta)
-    return _finite(linear, zeros_of_rows(ravel(start)) > 0)[0](dtheta)
+    return without_nan(linear, zeros_of_rows(ravel(start)) > 0)[0](dtheta)

@@ -28,6 +28,7 @@ from deq_fusion_jax.state import (
     working_dtype,
     zeros_of_rows,
 )
+from deq_fusion_jax.static import is_array
 from deq_fusion_jax.stats import SolveStats, Status, judged
 
 with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
@@ -232,7 +233,7 @@ class PerSample:
         name = type(self).__name__
         for option in ("tol", "damping", "atol", "max_steps"):
             value = getattr(self, option)
-            if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+            if is_array(value) and value.ndim:
                 raise ValueError(
                     f"{name}({option}=…) has shape {list(value.shape)}; expected one number."
                 )
@@ -287,7 +288,7 @@ class PerSample:
         arrays: dict[str, Any] = {
             name: jnp.asarray(value).astype(kinds[name])
             for name, value in values.items()
-            if isinstance(value, np.ndarray | jax.Array)
+            if is_array(value)
         }
         return replace(self, **arrays)
 

@@ -2,13 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 PyTree = Any
+Class = TypeVar("Class")
 Map = Callable[..., PyTree]  # f(z, *args)
+
+
+def exportable(cls: type[Class]) -> type[Class]:
+    """The dataclass of arrays as a pytree that `jax.export` can serialize; a decorator."""
+    jax.tree_util.register_dataclass(cls)
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"deq_fusion_jax.{cls.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )
+    return cls
 
 
 def describe(tree: PyTree) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import export
 from jax.experimental import checkify
+
+from deq_fusion_jax.state import exportable
 
 
 class Status(enum.IntEnum):
@@ -27,7 +28,7 @@ class ConvergenceWarning(RuntimeWarning):
     """Issued when a gradient was computed of a sample whose solve missed its tolerance."""
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclass(frozen=True)
 class SolveStats:
     r"""Per-sample statistics of one solve; plain arrays, so they pass through jit, vmap and scan.
@@ -73,15 +74,6 @@ class SolveStats:
             present = {name: value for name, value in shown.items() if value}
             text = _message(present).format(**present, worst=f"{float(values['worst']):.2e}")
             raise ConvergenceError(text)
-
-
-# So that `jax.export` can serialize functions that return statistics.
-export.register_pytree_node_serialization(
-    SolveStats,
-    serialized_name="deq_fusion_jax.SolveStats",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
 
 
 # What helps a solve that ended in a status, whatever the solver.
