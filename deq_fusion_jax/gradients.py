@@ -30,6 +30,9 @@ from deq_fusion_jax.state import (
 from deq_fusion_jax.stats import SolveStats, Status
 
 
+LINEAR_RIDGE = 1e-4  # Anderson's largest for a linear equation
+
+
 class Solved(NamedTuple):
     """A fixed point, as a gradient rule is given it: z_star = f(z_star, theta)."""
 
@@ -230,7 +233,7 @@ def _guess(u0: jax.Array, unit: jax.Array) -> jax.Array:
 
 def _for_linear(solver: Solver) -> Solver:
     if isinstance(solver, Anderson):
-        return dataclasses.replace(solver, ridge=min(solver.ridge, 1e-4))
+        return dataclasses.replace(solver, ridge=min(solver.ridge, LINEAR_RIDGE))
     return solver
 
 
