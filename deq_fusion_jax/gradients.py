@@ -29,7 +29,6 @@ from deq_fusion_jax.state import (
 )
 from deq_fusion_jax.stats import SolveStats, Status
 
-
 LINEAR_RIDGE = 1e-4  # Anderson's largest for a linear equation
 
 
