@@ -29,7 +29,7 @@ from deq_fusion_jax.state import (
 )
 from deq_fusion_jax.stats import SolveStats, Status
 
-LINEAR_RIDGE = 1e-4  # Anderson's largest for a linear equation
+LINEAR_RIDGE = 1e-5  # Anderson's largest for a linear equation
 
 
 class Solved(NamedTuple):
@@ -125,7 +125,7 @@ class Implicit:
 
     Attributes:
       solver: solver of the adjoint equation; None takes the forward solver, Anderson's with a
-        ridge of 1e-4 at most: the equation is linear, so mixing needs little restraint.
+        ridge of 1e-5 at most: the equation is linear, so mixing needs little restraint.
       on_failure: what a failed sample adds to gradients: "zero", nothing; "keep", what follows from
         the best iterates, as is usual where equilibrium models are trained with few steps; "nan",
         NaN, and no warning.

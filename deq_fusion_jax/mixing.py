@@ -22,44 +22,51 @@ def products(vectors: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum("bmn,bn->bm", vectors, x, precision=jax.lax.Precision.HIGHEST)
 
 
+def along(x: jax.Array, y: jax.Array) -> jax.Array:
+    """⟨x, y⟩ [B] per sample, from [B, N] each."""
+    return jnp.einsum("bn,bn->b", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def combination(weights: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Σ_j w_j v_j [B, N] per sample, from w [B, m] and v [B, m, N]."""
-    return jnp.einsum("bm,bmn->bn", weights, vectors, precision=jax.lax.Precision.HIGHEST)
+    """Σ_j w_j v_j [B, N] per sample, from w [m, B] and v [B, m, N]; as one loop over the sum."""
+    first, *rest = (w[:, None] * vectors[:, j] for j, w in enumerate(weights))
+    return sum(rest, first)
 
 
-def mixing_weights(gram: jax.Array, valid: jax.Array, ridge: float) -> jax.Array:
-    """α [m, B] of Anderson acceleration from gram [m, m, B]; 0 where not valid [m, B]."""
-    m = gram.shape[0]
-    diagonal = jnp.diagonal(gram).T
-    norm = jnp.sqrt(jnp.where(valid, diagonal, 1))
-    smallest = jnp.min(jnp.where(valid, norm, jnp.inf), axis=0, keepdims=True)
-    inverse = jnp.where(valid, smallest / norm, 0)
-    both = valid[:, None] & valid[None]
-    correlation = jnp.where(both, gram / (norm[:, None] * norm[None]), 0)
-    eye = jnp.eye(m, dtype=gram.dtype)[:, :, None]
-    y = solve_positive(correlation + eye * jnp.where(valid, ridge, 1.0)[None], inverse)
-    alpha = inverse * y
-    return alpha / jnp.sum(alpha, axis=0, keepdims=True)
+def mixing_weights(
+    gram: jax.Array, projection: jax.Array, valid: jax.Array, ridge: float
+) -> jax.Array:
+    """γ [m, B] = argmin ‖r − Σ_j γ_j Δ_j‖² + λ Σ_j γ_j² ‖Δ_j‖²; 0 where not valid [m, B].
+
+    From gram [m, m, B] = ⟨Δ_i, Δ_j⟩ and projection [m, B] = ⟨Δ_j, r⟩.
+    """
+    norm = jnp.sqrt(jnp.where(valid, jnp.diagonal(gram).T, 0))
+    usable = norm > 0
+    inverse = jnp.where(usable, 1 / jnp.where(usable, norm, 1), 0)
+    both = usable[:, None] & usable[None]
+    correlation = jnp.where(both, gram * inverse[:, None] * inverse[None], 0)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)[:, :, None]
+    matrix = correlation + eye * jnp.where(usable, ridge, 1.0)[None]
+    return inverse * solve_positive(matrix, jnp.where(usable, projection * inverse, 0))
 
 
 def solve_positive(a: jax.Array, b: jax.Array) -> jax.Array:
-    """x [m, B] with a x = b for positive definite a [m, m, B], by an unrolled LDLᵀ.
+    """x [m, B] with a x = b for positive definite a [m, m, B], by Gauss–Jordan elimination.
 
-    m is small and fixed: unrolled, every operation runs over the batch at once, with no call
-    into a LAPACK or cuSOLVER routine.
+    m is small: a loop, in which every operation runs over the batch at once, is faster than LAPACK
+    or cuSOLVER, and its program stays short for a long history.
     """
     m = a.shape[0]
-    lower: dict[tuple[int, int], jax.Array] = {}
-    pivot: list[jax.Array] = []
-    for j in range(m):
-        pivot.append(a[j, j] - sum(lower[j, k] ** 2 * pivot[k] for k in range(j)))
-        for i in range(j + 1, m):
-            inner = sum(lower[i, k] * lower[j, k] * pivot[k] for k in range(j))
-            lower[i, j] = (a[i, j] - inner) / pivot[j]
-    x = [b[i] for i in range(m)]
-    for i in range(m):
-        x[i] = x[i] - sum(lower[i, k] * x[k] for k in range(i))
-    x = [x[i] / pivot[i] for i in range(m)]
-    for i in reversed(range(m)):
-        x[i] = x[i] - sum(lower[k, i] * x[k] for k in range(i + 1, m))
-    return jnp.stack(x)
+    rows = jnp.arange(m)[:, None]
+
+    def eliminate(j: jax.Array, system: jax.Array) -> jax.Array:
+        row, column = _at(system, j, 0), _at(system, j, 1)
+        factor = jnp.where(rows == j, 0, column / _at(row, j, 0)[None])
+        return system - factor[:, None] * row[None]
+
+    system = jax.lax.fori_loop(0, m, eliminate, jnp.concatenate([a, b[:, None]], axis=1))
+    return system[:, m] / jnp.diagonal(system[:, :m]).T
+
+
+def _at(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)

@@ -10,7 +10,7 @@ This is the only file that imports jaxopt.
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -36,13 +36,14 @@ with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
     import jaxopt.base
 
 # A sample stalls when MIXED evaluations in a row leave its residual above PROGRESS × what it was.
-# Then PLAIN plain steps follow, then MIXED mixed ones again, until there is progress. Plain steps
-# that take the residual above ESCAPE × what it was, and above FAR, diverge: mixing starts anew from
-# there. Below FAR they may be on their way over a hump, where mixing would only take them back.
-PROGRESS, MIXED, PLAIN, ESCAPE, FAR = 0.9, 6, 42, 10, 0.2
+# Then PLAIN plain steps follow, MIXED mixed ones again, then LONG plain ones, and so forth until
+# there is progress. Plain steps that take the residual above ESCAPE × what it was, and above FAR,
+# diverge: mixing starts anew from there. Below FAR they may be on their way over a hump, where
+# mixing would only take them back. Mixing that takes it as far starts anew from the best iterate.
+PROGRESS, MIXED, PLAIN, LONG, ESCAPE, FAR = 0.9, 12, 42, 168, 10, 0.2
 
 
-def _known(value: Any) -> bool:
+def known(value: Any) -> bool:
     """Whether an option is a number now; it may be an array, traced even, that is one later."""
     return isinstance(value, int | float | np.generic)
 
@@ -139,16 +140,17 @@ class _Loop(jaxopt.base.IterativeSolver):
         better = active & (reached | disturbed | (step * (1 + noise) < state.step))
         best = jnp.where(better[:, None], z, state.best)
 
-        # NaN or overflow: once more from the best iterate, with an empty memory and a plain step.
-        # Where the plain step itself led here there is nothing left to try.
+        # NaN, overflow, or mixed far astray: once more from the best iterate, with an empty memory
+        # and a plain step. Where a plain step led to NaN there is nothing left to try.
         stuck = active & ~finite & (state.age <= 1)
+        usable = finite & ~_astray(state, step, residual)
         unfinished = active & ~stuck & ~reached & (state.iter_num + 1 < self.maxiter)
-        age = jnp.where(finite, jnp.where(disturbed, 1, state.age + 1), 0)
+        age = jnp.where(usable, jnp.where(disturbed, 1, state.age + 1), 0)
         milestone, since = _progress(state, residual, disturbed)
         memory, proposal = self.config.propose(
             state.memory, state.iter_num, age, z, fz, plain=_stalled(since)
         )
-        z_next = jnp.where((unfinished & finite)[:, None], self.round(proposal), best)
+        z_next = jnp.where((unfinished & usable)[:, None], self.round(proposal), best)
 
         return jaxopt.OptStep(
             z_next,
@@ -176,6 +178,12 @@ class _Loop(jaxopt.base.IterativeSolver):
 
     def optimality_fun(self, z: jax.Array, *args: PyTree) -> jax.Array:
         return self.f(z, *args) - z
+
+
+def _astray(state: _State, step: jax.Array, residual: jax.Array) -> jax.Array:
+    """Whether mixing led to where the residual is much larger than at the best iterate."""
+    mixed = (state.age > 1) & ~_stalled(state.since)
+    return mixed & (step > ESCAPE * state.step) & (residual > FAR)
 
 
 def _recorded(state: _State, residual: jax.Array) -> jax.Array | None:
@@ -216,7 +224,8 @@ def _blank() -> float:
 
 def _stalled(since: jax.Array) -> jax.Array:
     """Whether plain steps are due."""
-    return since % (MIXED + PLAIN) >= MIXED
+    turn = since % (2 * MIXED + PLAIN + LONG)
+    return (turn >= MIXED) & ~((turn >= MIXED + PLAIN) & (turn < 2 * MIXED + PLAIN))
 
 
 @dataclass(frozen=True)
@@ -231,23 +240,22 @@ class PerSample:
 
     def __post_init__(self):
         name = type(self).__name__
-        for option in ("tol", "damping", "atol", "max_steps"):
-            value = getattr(self, option)
-            if is_array(value) and value.ndim:
+        for option, value in self._arrays().items():
+            if value.ndim:
                 raise ValueError(
                     f"{name}({option}=…) has shape {list(value.shape)}; expected one number."
                 )
-        if _known(self.tol) and not 0 < self.tol < math.inf:
+        if known(self.tol) and not 0 < self.tol < math.inf:
             raise ValueError(f"{name}(tol={self.tol}): tol is a relative residual; give one > 0.")
-        if _known(self.atol) and not 0 <= self.atol < math.inf:
+        if known(self.atol) and not 0 <= self.atol < math.inf:
             raise ValueError(f"{name}(atol={self.atol}): expected a value ≥ 0, or None.")
-        if _known(self.max_steps) and self.max_steps < 1:
+        if known(self.max_steps) and self.max_steps < 1:
             raise ValueError(f"{name}(max_steps={self.max_steps}): at least 1 step is needed.")
-        if not _known(self.max_steps) and self.trace:
+        if not known(self.max_steps) and self.trace:
             raise ValueError(
                 f"{name}(trace=True) allocates max_steps rows; give max_steps as a Python int."
             )
-        if _known(self.damping) and not 0 < self.damping <= 1:
+        if known(self.damping) and not 0 < self.damping <= 1:
             raise ValueError(f"{name}(damping={self.damping}): expected a value in (0, 1].")
 
     @property
@@ -262,7 +270,7 @@ class PerSample:
           ValueError: tol is below the resolution of the coarsest dtype of z0.
         """
         coarsest = max((jnp.finfo(x.dtype) for x in jax.tree.leaves(z0)), key=lambda i: i.eps)
-        if _known(self.tol) and self.tol < coarsest.eps:
+        if known(self.tol) and self.tol < coarsest.eps:
             raise ValueError(
                 f"tol={self.tol} is below the resolution of {coarsest.dtype} "
                 f"({float(coarsest.eps):.1e}); raise tol or use a wider dtype for the state."
@@ -283,14 +291,15 @@ class PerSample:
 
     def _in(self, dtype: jnp.dtype) -> Self:
         """The options that are arrays in the types that the loop computes with."""
-        kinds = {"tol": dtype, "atol": dtype, "damping": dtype, "max_steps": jnp.int32}
-        values = {name: getattr(self, name) for name in kinds}
         arrays: dict[str, Any] = {
-            name: jnp.asarray(value).astype(kinds[name])
-            for name, value in values.items()
-            if is_array(value)
+            name: jnp.asarray(value).astype(jnp.int32 if name == "max_steps" else dtype)
+            for name, value in self._arrays().items()
         }
         return replace(self, **arrays)
+
+    def _arrays(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if is_array(value)}
 
     def remember(self, z: jax.Array) -> Any:
         """The empty memory for a state like z [B, N]."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.mixing import combination, mixing_weights, products, put, ring_like
-from deq_fusion_jax.per_sample import PerSample, jaxopt
+from deq_fusion_jax.mixing import along, combination, mixing_weights, products, put, ring_like
+from deq_fusion_jax.per_sample import PerSample, jaxopt, known
 from deq_fusion_jax.program import collective_axes
 from deq_fusion_jax.residual import measured, row_norm
 from deq_fusion_jax.state import Map, PyTree, ravel, unraveler, zeros_of_rows
@@ -44,28 +44,26 @@ class Picard(PerSample):
 
 
 class _History(NamedTuple):
-    """The last m evaluations in a ring; slot k mod m holds evaluation k."""
+    """The last m evaluations in a ring; slot k mod m holds evaluation k, and its change Δ_k."""
 
     residuals: jax.Array  # [B, m, N] r_j = f(z_j) − z_j
     images: jax.Array  # [B, m, N] z_j + β r_j
-    gram: jax.Array  # [m, m, B] ⟨r_i, r_j⟩
+    gram: jax.Array  # [m, m, B] ⟨Δ_i r, Δ_j r⟩ with Δ_j r = r_j − r_{j−1}
+    projection: jax.Array  # [m, B] ⟨Δ_j r, r⟩ with the newest r
 
 
 @dataclass(frozen=True)
 class Anderson(PerSample):
     r"""Anderson acceleration (type II), one least-squares problem per sample and step.
 
-    The next iterate mixes the last `history` ones so that the mixed residual is smallest:
+    The next iterate mixes the last `history` ones so that the mixed residual is smallest. With
+    r = f(z) − z and the changes Δ between successive iterates,
 
-    $$z ← ∑_j α_j (z_j + β r_j), \qquad r_j = f(z_j) − z_j,$$
-    $$α = \arg\min ‖∑_j α_j r_j‖^2 \quad \text{subject to} \quad ∑_j α_j = 1.$$
+    $$z ← z + β r − ∑_j γ_j Δ_j (z + β r),$$
+    $$γ = \arg\min ‖r − ∑_j γ_j Δ_j r‖^2 + λ ∑_j γ_j^2 ‖Δ_j r‖^2.$$
 
-    With a ridge λ, the correlation matrix C of the residuals and the diagonal matrix D of their
-    norms, that is
-
-    $$α ∝ (D (C + λ I) D)^{-1} 1.$$
-
-    The ridge is relative, so that it means the same at the first step and at the last.
+    The ridge λ is relative to each change of the residual, so that it means the same at the first
+    step and at the last, and for modes in which f moves slowly.
 
     Attributes:
       tol, atol: the relative and the absolute tolerance, as rtol and atol of `numpy.allclose`: a
@@ -81,37 +79,50 @@ class Anderson(PerSample):
     Source: Walker and Ni, "Anderson acceleration for fixed-point iterations", 2011, §2.
     """
 
-    history: int = 5
-    ridge: float = 1e-2
+    history: int = 6
+    ridge: Any = 1e-2
 
     def __post_init__(self):
         super().__post_init__()
         if self.history < 2:
             raise ValueError(f"Anderson(history={self.history}): mixing needs at least 2 iterates.")
-        if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
+        if known(self.ridge) and not self.ridge >= 0:
             raise ValueError(f"Anderson(ridge={self.ridge}): expected a value ≥ 0.")
 
     def remember(self, z: jax.Array) -> _History:
         m, row = self.history, zeros_of_rows(z)
-        ring = ring_like(z, m)
-        return _History(ring, ring, jnp.broadcast_to(row, (m, m, *row.shape)))
+        ring, gram = ring_like(z, m), jnp.broadcast_to(row, (m, m, *row.shape))
+        return _History(ring, ring, gram, gram[0])
 
     def propose(self, memory, k, age, z, fz, plain):
-        m = self.history
+        m, usable = self.history, (age > 0)[:, None]
         slot = k % m
-        r, usable = fz - z, (age > 0)[:, None]
-        residuals = put(memory.residuals, jnp.where(usable, r, 0), slot, 1)
-        images = put(memory.images, jnp.where(usable, z + self.damping * r, 0), slot, 1)
-        row = products(residuals, r).T
-        gram = put(put(memory.gram, row, slot, 0), row, slot, 1)
-        evaluations_ago = (slot - jnp.arange(m)) % m
-        valid = evaluations_ago[:, None] < age[None]
-        alpha = mixing_weights(gram, valid, self.ridge)
-        # The newest image alone is the plain step.
-        mixed = jnp.all(jnp.isfinite(alpha), axis=0) & ~plain
-        newest = (evaluations_ago[:, None] == 0).astype(z.dtype)
-        alpha = jnp.where(mixed[None], alpha, newest)
-        return _History(residuals, images, gram), combination(alpha.T, images)
+        r = jnp.where(usable, fz - z, 0)
+        memory = _remembered(memory, slot, r, jnp.where(usable, z + self.damping * r, 0))
+        evaluations_ago = ((slot - jnp.arange(m)) % m)[:, None]
+        # A change takes two evaluations.
+        valid = evaluations_ago < (jnp.minimum(age, m) - 1)[None]
+        gamma = mixing_weights(memory.gram, memory.projection, valid, self.ridge)
+        mixed = jnp.all(jnp.isfinite(gamma), axis=0) & ~plain
+        gamma = jnp.where(mixed[None], gamma, 0)
+        # As weights of the images; the newest alone is the plain step.
+        newest = (evaluations_ago == 0).astype(z.dtype)
+        return memory, combination(newest - gamma + jnp.roll(gamma, -1, axis=0), memory.images)
+
+
+def _remembered(memory: _History, slot: jax.Array, r: jax.Array, image: jax.Array) -> _History:
+    """The memory with an evaluation, r [B, N] and its image, in a slot of the ring."""
+    residuals = put(memory.residuals, r, slot, 1)
+    # Read when the ring has been written, which XLA then does in place.
+    last = (slot - 1) % residuals.shape[1]
+    change = r - jax.lax.dynamic_index_in_dim(residuals, last, 1, keepdims=False)
+    # Differences of products, not products of differences: so only evaluations are kept, and read
+    # once. Their rounding is that of a product with r.
+    row = products(residuals, change).T
+    row = put(row - jnp.roll(row, 1, axis=0), along(change, change), slot, 0)
+    gram = put(put(memory.gram, row, slot, 0), row, slot, 1)
+    projection = put(memory.projection + row, along(change, r), slot, 0)
+    return _History(residuals, put(memory.images, image, slot, 1), gram, projection)
 
 
 class _Secants(NamedTuple):
@@ -179,7 +190,7 @@ class Broyden(PerSample):
 
 def _apply(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
     """(−I + Σ_j u_j v_jᵀ) x per sample; u, v [B, m, N], x [B, N]."""
-    return combination(products(v, x), u) - x
+    return combination(products(v, x).T, u) - x
 
 
 # --- jaxopt's own solver objects -------------------------------------------------------------

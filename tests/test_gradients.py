@@ -16,6 +16,7 @@ from deq_fusion_jax import (
     Unrolled,
     deq_fixed_point,
 )
+from deq_fusion_jax.gradients import LINEAR_RIDGE
 
 N = 4
 RNG = np.random.default_rng(0)
@@ -262,7 +263,7 @@ def test_backward_ridge_is_the_linear_one():
 
         return jax.grad(loss, 1)(jnp.float32(B), Adjoint.zeros(jnp.zeros((2, N)))).steps
 
-    small = Anderson(tol=1e-5, max_steps=100, ridge=1e-4)
+    small = Anderson(tol=1e-5, max_steps=100, ridge=LINEAR_RIDGE)
     np.testing.assert_array_equal(steps(Implicit()), steps(Implicit(small)))
     large = Anderson(tol=1e-5, max_steps=100, ridge=0.3)
     assert (steps(Implicit(large)) > steps(Implicit())).all()

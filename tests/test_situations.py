@@ -28,6 +28,10 @@ from deq_fusion_jax.fixed_point import _compiled
 
 SOLVERS = [Picard, Anderson, Broyden]
 each_solver = pytest.mark.parametrize("solver", SOLVERS)
+# Compiled for several devices, which takes its time.
+one_now_and_the_others_in_slow = pytest.mark.parametrize(
+    "solver", [Anderson, *(pytest.param(other, marks=pytest.mark.slow) for other in SOLVERS[::2])]
+)
 RNG = np.random.default_rng(0)
 W = jnp.asarray(0.2 * RNG.normal(size=(6, 6)), jnp.float32)
 X = jnp.asarray(RNG.normal(size=(8, 6)), jnp.float32)
@@ -152,6 +156,36 @@ def test_status_and_advice():
         assert words in str(error.value)
 
 
+# --- defaults that need no expert ------------------------------------------------------------
+
+
+def test_slow_modes_need_no_other_settings():
+    """P15: against the closed form, in about as many evaluations as there are modes."""
+    a, solver = jnp.array([[0.9], [0.99], [0.999]]), Anderson(tol=1e-6)
+    for slopes, most in ((a, 6), (a.T, 12)):  # one mode a sample, then all of them in one
+        f = lambda z, a: a * (z - 1) + 1  # noqa: E731
+        z, stats = deq_fixed_point(f, jnp.zeros_like(slopes), slopes, solver=solver)
+        assert stats.converged.all() and stats.steps.max() <= most
+        np.testing.assert_allclose(z, 1, atol=1.5e-3)  # 1e-6 / (1 − .999)
+
+
+def test_maps_near_the_edge_of_contraction():
+    """Random tanh maps of 48 channels with a spectral radius of 0.95 at zero, tolerance 1e-5."""
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(64, 48, 48))
+    W *= 0.95 / np.abs(np.linalg.eigvals(W)).max(axis=1)[:, None, None]
+    x = jnp.float32(0.1 * rng.normal(size=(64, 48)))
+
+    def steps(solver):
+        f = lambda z, W, x: jnp.tanh(jnp.einsum("bij,bj->bi", W, z) + x)  # noqa: E731
+        _, stats = deq_fixed_point(f, jnp.zeros_like(x), jnp.float32(W), x, solver=solver)
+        assert stats.converged.all()
+        return stats.steps
+
+    mixed, plain = steps(Anderson(1e-5, 500)), steps(Picard(1e-5, 500))
+    assert jnp.mean(mixed) < 0.6 * jnp.mean(plain) and mixed.max() < 0.6 * plain.max()
+
+
 # --- gradients that say when they fail -------------------------------------------------------
 
 
@@ -246,7 +280,7 @@ def test_an_unmasked_sample_that_fails_adds_exactly_nothing():
 # --- every placement -------------------------------------------------------------------------
 
 
-@each_solver
+@one_now_and_the_others_in_slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("ambient", [False, True])
 def test_meshes(solver, kind, ambient):
@@ -295,7 +329,7 @@ def test_shard_map_where_the_start_is_alike_on_all_devices(check):
     np.testing.assert_allclose(solve(a)[:, 0], 1 / (1 - a), rtol=1e-3)
 
 
-@each_solver
+@one_now_and_the_others_in_slow
 @pytest.mark.parametrize("check", [True, False])
 def test_a_collective_in_f_stops_all_devices_together(solver, check):
     """The devices need different numbers of steps, and each reads the others' states."""
@@ -454,7 +488,7 @@ def test_tolerance_and_budget_at_run_time(solver):
     def solve(tol, max_steps, slope):
         nonlocal traces
         traces += 1
-        options = solver(tol=tol, atol=1e-9 * tol, max_steps=max_steps)
+        options = solver(tol=tol, atol=1e-9 * tol, max_steps=max_steps, damping=tol / tol)
         f = lambda z, slope: jnp.cos(slope * z)  # noqa: E731
         go = lambda slope: deq_fixed_point(f, jnp.zeros((2, 2)), slope, solver=options)  # noqa: E731
         return go(slope)[1], jax.grad(lambda slope: jnp.sum(go(slope)[0]))(slope)

@@ -184,29 +184,31 @@ def test_options_of_their_own():
 # --- Anderson ----------------------------------------------------------------------------------
 
 
-def constrained_least_squares(R, ridge):
-    """argmin ‖Σ α_j r_j‖² + λ Σ α_j² ‖r_j‖² subject to Σ α_j = 1, by the KKT system."""
-    m = len(R)
-    kkt = np.ones((m + 1, m + 1))
-    kkt[:m, :m] = 2 * (R @ R.T + ridge * np.diag(np.sum(R * R, axis=1)))
-    kkt[m, m] = 0
-    return np.linalg.solve(kkt, np.eye(m + 1)[m])[:m]
+def ridge_least_squares(changes, r, ridge):
+    """argmin ‖r − Σ γ_j Δ_j‖² + λ Σ γ_j² ‖Δ_j‖², by least squares on stacked rows."""
+    weights = np.sqrt(ridge) * np.diag(np.linalg.norm(changes, axis=1))
+    rows = np.concatenate([changes.T, weights])
+    return np.linalg.lstsq(rows, np.concatenate([r, np.zeros(len(changes))]))[0]
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-6, 1e-2])
 def test_mixing_weights(ridge, x64):
     rng = np.random.default_rng(0)
     m, batch, n = 5, 4, 9
-    R = rng.normal(size=(m, batch, n)) * 10.0 ** rng.integers(-6, 3, size=(m, batch, 1))
+    changes = rng.normal(size=(m, batch, n)) * 10.0 ** rng.integers(-6, 3, size=(m, batch, 1))
+    r = rng.normal(size=(batch, n))
     valid = np.ones((m, batch), bool)
     valid[3:, 1], valid[[0, 2], 2], valid[1:, 3] = False, False, False
-    R[~valid] = np.nan  # what is not valid must not be read
-    gram = jnp.einsum("ibn,jbn->ijb", R, R)
-    alpha = np.asarray(mixing_weights(gram, jnp.asarray(valid), ridge))
-    assert (alpha[~valid] == 0).all()
+    changes[2, 0] = 0  # a change of nothing has no weight
+    changes[~valid] = np.nan  # what is not valid must not be read
+    gram = jnp.einsum("ibn,jbn->ijb", changes, changes)
+    projection = jnp.einsum("ibn,bn->ib", changes, r)
+    gamma = np.asarray(mixing_weights(gram, projection, jnp.asarray(valid), ridge))
+    valid[2, 0] = False
+    assert (gamma[~valid] == 0).all()
     for b in range(batch):
-        want = constrained_least_squares(R[valid[:, b], b], ridge)
-        np.testing.assert_allclose(alpha[valid[:, b], b], want, rtol=1e-6, atol=1e-12)
+        want = ridge_least_squares(changes[valid[:, b], b], r[b], ridge)
+        np.testing.assert_allclose(gamma[valid[:, b], b], want, rtol=1e-6, atol=1e-12)
 
 
 def test_solve_positive(x64):
@@ -237,8 +239,10 @@ def test_anderson_against_a_textbook_loop(x64):
             np.testing.assert_allclose(got[k][sample], z, rtol=1e-7, atol=1e-9)
             zs.append(z)
             rs.append(np.tanh(z @ W) + b[sample] - z)
-            alpha = constrained_least_squares(np.array(rs[-m:]), ridge)
-            z = alpha @ (np.array(zs[-m:]) + damping * np.array(rs[-m:]))
+            z = z + damping * rs[-1]
+            if k:
+                dz, dr = np.diff(zs[-m:], axis=0), np.diff(rs[-m:], axis=0)
+                z = z - ridge_least_squares(dr, rs[-1], ridge) @ (dz + damping * dr)
 
 
 @pytest.mark.parametrize("n", [2, 4])
