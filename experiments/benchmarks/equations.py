@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deq_fusion_jax import Anderson, DEQFusion, FusionCell, FusionState
+from deq_fusion_jax import Anderson, DEQFusion, FusionCell, FusionState, Implicit
 from deq_fusion_jax.cell import as_map
 from deq_fusion_jax.injection import Inject
 from deq_fusion_jax.state import Map, PyTree
@@ -89,7 +89,8 @@ def trained() -> Iterator[Equation]:
         ("official", DEQFusion.official, 64, 2, 600),
         ("default", DEQFusion, 128, 3, 400),
     ):
-        layer = make(features, solver=Anderson(tol=1e-3), schedule="staged")
+        rule = Implicit(on_failure="keep")  # as the experiments train
+        layer = make(features, solver=Anderson(tol=1e-3), gradient=rule, schedule="staged")
         inputs = gaussian(jax.random.key(2), (1024, features, modalities), 1.0)
         params = train(layer, inputs, steps)
         some = {name: x[:BATCH] for name, x in inputs.items()}
