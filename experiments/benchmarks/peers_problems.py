@@ -53,12 +53,17 @@ class Reference(NamedTuple):
 
     Attributes:
       gradient: of `loss`, by args.
-      condition: ‖(I − J)⁻¹‖, by which an error in f(z) − z is one of z.
+      condition: κ = ‖(I − J)⁻¹‖, by which an error in f(z) − z is one of z.
+      allowed: the error κ tol (1 + ‖z‖) of a value whose residual is at the tolerance.
+      allowed_gradient: what follows from that, and from such an error of the adjoint u,
+        ‖∂g/∂z‖ κ tol (1 + ‖z‖) + ‖∂f/∂θ‖ κ tol (1 + ‖u‖) with g = uᵀ ∂f/∂θ.
     """
 
     z: PyTree
     gradient: PyTree
     condition: float
+    allowed: float
+    allowed_gradient: float
 
 
 def loss(z: PyTree) -> Any:
@@ -71,17 +76,32 @@ def reference(problem: Problem) -> Reference:
     """z*, and its gradient by the implicit function theorem, with dense matrices."""
 
     @jax.jit
-    def found(args: PyTree) -> tuple[jax.Array, ...]:
+    def found(args: PyTree) -> tuple[Any, ...]:
         f, whole = flat_map(problem)
-        z = root(problem, args)
-        system = jnp.eye(z.size) - jax.jacfwd(f)(z, args)
-        cotangent = jax.grad(lambda z: loss(whole(z)))(z)
-        _, pull = jax.vjp(lambda args: f(z, args), args)
-        return whole(z), pull(jnp.linalg.solve(system.T, cotangent))[0], system
+        z, (theta, unravel) = root(problem, args), ravel_pytree(args)
+
+        def system(z: jax.Array) -> jax.Array:
+            return jnp.eye(z.size) - jax.jacfwd(f)(z, args)
+
+        def adjoint(z: jax.Array) -> jax.Array:
+            return jnp.linalg.solve(system(z).T, jax.grad(lambda z: loss(whole(z)))(z))
+
+        def image(theta: jax.Array, z: jax.Array) -> jax.Array:
+            return f(z, unravel(theta))
+
+        def gradient(z: jax.Array) -> jax.Array:
+            return jax.vjp(partial(image, z=z), theta)[1](adjoint(z))[0]
+
+        norm = jnp.linalg.norm
+        condition = norm(jnp.linalg.inv(system(z)), 2)
+        allowed = condition * problem.tol * (1 + norm(z))
+        of_adjoint = condition * problem.tol * (1 + norm(adjoint(z)))
+        changes = norm(jax.jacfwd(gradient)(z)) * allowed
+        changes += norm(jax.jacrev(image)(theta, z)) * of_adjoint
+        return whole(z), unravel(gradient(z)), condition, allowed, changes
 
     with jax.enable_x64(True):
-        z, gradient, system = jax.device_get(found(arrays(problem.args)))
-    return Reference(z, gradient, float(np.linalg.norm(np.linalg.inv(system), 2)))
+        return Reference(*jax.device_get(found(arrays(problem.args))))
 
 
 def root(problem: Problem, args: PyTree) -> jax.Array:
