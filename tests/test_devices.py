@@ -134,6 +134,7 @@ def spread(task):
     return Task(**task.__dict__ | {"model": shard_model(task.model)})
 
 
+@pytest.mark.slow
 def test_fit_on_eight_devices_is_fit_on_one():
     task = Task(**TASK.__dict__ | {"warm_start": True})  # which needs the batch's row numbers
     data, schedule = (TRAIN, VALIDATION), Schedule(2, batch_size=16)

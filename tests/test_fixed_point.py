@@ -239,6 +239,7 @@ def test_vmap_over_weights_with_a_shared_state(x64):
     np.testing.assert_allclose(z[:, 0, 0], slopes * np.cos(z[:, 0, 0]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks():
     """Of closures and their gradients, of first and second order."""
 
