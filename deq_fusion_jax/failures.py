@@ -3,7 +3,6 @@
 `without_nan` keeps its NaN from sums over samples; `warn_of` says at run time how many there are.
 """
 
-import math
 import warnings
 from typing import Any
 
@@ -13,25 +12,41 @@ import jax.numpy as jnp
 from deq_fusion_jax.stats import ConvergenceWarning
 
 
-def without_nan(linear: Any, undefined: jax.Array) -> tuple[Any, jax.Array]:
+def without_nan(linear: Any, undefined: jax.Array, lost: jax.Array) -> tuple[Any, jax.Array]:
     """A linear map without NaN and infinite coefficients, and `undefined` [B] or whose they were.
 
     A cotangent of zero times NaN is NaN, and sums over samples spread it. Coefficients belong to
-    the samples if one axis has the length of the batch, or the first one a multiple of it.
+    the samples along an axis that has the length of the batch, or along the first one if that is a
+    multiple of it. Where there are several such axes NaN stays, and is seen, unless along one of
+    them it is that of samples `lost` [B] alone.
     """
-    batch = undefined.shape[0]
     leaves, treedef = jax.tree.flatten(linear)
     for k, x in enumerate(leaves):
-        axes = [axis for axis, size in enumerate(x.shape) if size == batch]
-        multiple = not axes and x.ndim and batch and x.shape[0] % batch == 0
-        if not jnp.issubdtype(x.dtype, jnp.floating) or (len(axes) != 1 and not multiple):
+        axes = _batch_axes(x.shape, lost.shape[0])
+        if not jnp.issubdtype(x.dtype, jnp.floating) or not axes:
             continue
         finite = jnp.isfinite(x)
-        leaves[k] = jnp.where(finite, x, 0)
-        rows = finite if multiple else jnp.moveaxis(finite, axes[0], 0)
-        rows = rows.reshape(batch, math.prod(rows.shape) // batch if batch else 0)
-        undefined |= ~jnp.all(rows, axis=1)
+        known = jnp.asarray(False)
+        for axis in axes:
+            bad = ~jnp.all(_rows(finite, axis, lost.shape[0]), axis=1)
+            explains = jnp.asarray(len(axes) == 1) | ~jnp.any(bad & ~lost)
+            undefined |= bad & explains
+            known |= explains
+        leaves[k] = jnp.where(finite | ~known, x, 0)
     return jax.tree.unflatten(treedef, leaves), undefined
+
+
+def _batch_axes(shape: tuple[int, ...], batch: int) -> list[int]:
+    """The axes along which an array may have one part for each sample."""
+    if not shape or batch < 2:
+        return [0] if shape and batch else []
+    several = shape[0] > batch and shape[0] % batch == 0
+    return [0] * several + [axis for axis, size in enumerate(shape) if size == batch]
+
+
+def _rows(x: jax.Array, axis: int, batch: int) -> jax.Array:
+    """[B, …] with the parts of every sample."""
+    return jnp.moveaxis(x, axis, 0).reshape(batch, x.size // batch)
 
 
 def warn_of(failed: jax.Array, on_failure: str) -> None:

@@ -27,7 +27,7 @@ from deq_fusion_jax.state import (
     working_dtype,
     zeros_of_rows,
 )
-from deq_fusion_jax.stats import SolveStats, Status
+from deq_fusion_jax.stats import SolveStats
 
 LINEAR_RIDGE = 1e-5  # Anderson's largest for a linear equation
 
@@ -146,9 +146,9 @@ class Implicit:
         f, z_star, unravel = solved.f, ravel(solved.z_star), unraveler(solved.z_star)
         _, along_z = jax.linearize(lambda z: ravel(f(unravel(z), solved.theta)), z_star)
         _, along_theta = jax.linearize(lambda t: ravel(f(solved.z_star, t)), solved.theta)
-        undefined = zeros_of_rows(z_star) > 0
-        along_z, undefined = without_nan(along_z, undefined)
-        along_theta, undefined = without_nan(along_theta, undefined)
+        undefined, lost = zeros_of_rows(z_star) > 0, ~solved.stats.converged
+        along_z, undefined = without_nan(along_z, undefined, lost)
+        along_theta, undefined = without_nan(along_theta, undefined, lost)
         undefined = varying(undefined, [jax.typeof(z_star)])
         solve = partial(self._solve, solved, undefined)
         # The solution is differentiated by its equation alone, not by how it is solved.
@@ -194,9 +194,7 @@ class Implicit:
         start = unit if guess is None else _guess(ravel(guess.u), unit)
         solver = self.solver or _for_linear(solved.solver)
         v, stats = solved.fixed_point(scaled, start, solver=solver, gradient=self)
-        # Where f is linearised at NaN the product of nothing is NaN, too; that is no failure.
-        nothing = (asked == 0) & (stats.status == Status.NOT_FINITE)
-        failed = jnp.isfinite(asked) & ~nothing & (~stats.converged | (lost & (asked > 0)))
+        failed = jnp.isfinite(asked) & (~stats.converged | (lost & (asked > 0)))
         u = v * size
         if self.on_failure == "nan":
             u = jnp.where(failed[:, None], jnp.nan, u)
@@ -314,4 +312,5 @@ def _unrolled(
         return jax.lax.scan(step, start, None, length=rule.steps)[0]
 
     _, linear = jax.linearize(unrolled, solved.theta)
-    return without_nan(linear, zeros_of_rows(ravel(start)) > 0)[0](dtheta)
+    none, lost = zeros_of_rows(ravel(start)) > 0, ~solved.stats.converged
+    return without_nan(linear, none, lost)[0](dtheta)

@@ -131,6 +131,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
                     numbers = {"mean": np.mean(used), "max": np.max(used)}
                     converged = np.mean(each > 0)
                     rows.append({**about, "tol": tol, **setting, **numbers, "converged": converged})
+            jax.clear_caches()  # hundreds of programs take more memory maps than Linux allows
     return rows
 
 
