@@ -38,9 +38,12 @@ def without_nan(linear: Any, undefined: jax.Array, lost: jax.Array) -> tuple[Any
 
 def _batch_axes(shape: tuple[int, ...], batch: int) -> list[int]:
     """The axes along which an array may have one part for each sample."""
-    if not shape or batch < 2:
-        return [0] if shape and batch else []
-    several = shape[0] > batch and shape[0] % batch == 0
+    if not shape or batch == 0:
+        return []
+    if batch == 1:
+        return [0]
+    # By == alone, which symbolic sizes of `jax.export` allow.
+    several = shape[0] != batch and shape[0] % batch == 0
     return [0] * several + [axis for axis, size in enumerate(shape) if size == batch]
 
 
