@@ -98,7 +98,8 @@ class Anderson(PerSample):
         m, usable = self.history, (age > 0)[:, None]
         slot = k % m
         r = jnp.where(usable, fz - z, 0)
-        memory = _remembered(memory, slot, r, jnp.where(usable, z + self.damping * r, 0))
+        image = jnp.where(usable, z + self.damping * r, 0)
+        memory = _remembered(memory, slot, r, image, _rounding(fz))
         evaluations_ago = ((slot - jnp.arange(m)) % m)[:, None]
         # A change takes two evaluations.
         valid = evaluations_ago < (jnp.minimum(age, m) - 1)[None]
@@ -110,7 +111,9 @@ class Anderson(PerSample):
         return memory, combination(newest - gamma + jnp.roll(gamma, -1, axis=0), memory.images)
 
 
-def _remembered(memory: _History, slot: jax.Array, r: jax.Array, image: jax.Array) -> _History:
+def _remembered(
+    memory: _History, slot: jax.Array, r: jax.Array, image: jax.Array, rounding: jax.Array
+) -> _History:
     """The memory with an evaluation, r [B, N] and its image, in a slot of the ring."""
     residuals = put(memory.residuals, r, slot, 1)
     # Read when the ring has been written, which XLA then does in place.
@@ -119,10 +122,20 @@ def _remembered(memory: _History, slot: jax.Array, r: jax.Array, image: jax.Arra
     # Differences of products, not products of differences: so only evaluations are kept, and read
     # once. Their rounding is that of a product with r.
     row = products(residuals, change).T
-    row = put(row - jnp.roll(row, 1, axis=0), along(change, change), slot, 0)
+    square = along(change, change)
+    square = jnp.where(square > rounding**2, square, 0)
+    row = put(row - jnp.roll(row, 1, axis=0), square, slot, 0)
     gram = put(put(memory.gram, row, slot, 0), row, slot, 1)
     projection = put(memory.projection + row, along(change, r), slot, 0)
     return _History(residuals, put(memory.images, image, slot, 1), gram, projection)
+
+
+def _rounding(fz: jax.Array) -> jax.Array:
+    """The size [B] below which a change of f(z) − z is rounding.
+
+    A secant through rounding leaps: f(z) = z + 1 would be said to converge where 1 is negligible.
+    """
+    return 4 * jnp.finfo(fz.dtype).eps * row_norm(fz)
 
 
 class _Secants(NamedTuple):
@@ -179,7 +192,8 @@ class Broyden(PerSample):
         new_v = _apply(v, u, dz)
         denominator = jnp.sum(new_v * dg, axis=1, keepdims=True)
         small = jnp.finfo(z.dtype).eps * (row_norm(new_v) * row_norm(dg))[:, None]
-        usable = (pairs > 0)[:, None] & (jnp.abs(denominator) > small)
+        changed = row_norm(dg) > _rounding(fz)
+        usable = ((pairs > 0) & changed)[:, None] & (jnp.abs(denominator) > small)
         new_u = (dz - _apply(u, v, dg)) / jnp.where(usable, denominator, 1)
         u = put(u, jnp.where(usable, new_u, 0), slot, 1)
         v = put(v, jnp.where(usable, new_v, 0), slot, 1)

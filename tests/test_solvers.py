@@ -447,3 +447,11 @@ def test_what_is_no_solver():
         with pytest.raises(TypeError, match="Picard, Anderson or Broyden"):
             deq_fixed_point(jnp.cos, jnp.zeros((1, 1)), solver=stranger)
     assert as_solver(Anderson()) == Anderson()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("step", [1.0, 0.1])
+def test_no_leap_to_where_a_step_is_negligible(solver, step):
+    """f(z) = z + c has no fixed point, and rounding is no secant."""
+    _, stats = solve(lambda z: z + step, jnp.zeros((2, 3)), solver=solver(max_steps=200))
+    assert not stats.converged.any()
