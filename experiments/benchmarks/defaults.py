@@ -192,23 +192,24 @@ def table(results: dict[str, Any]) -> str:
         for i, one in enumerate(found)
         if i < config["best"] or "default" in one["setting"] or "history" not in one["setting"]
     ]
-    lines = [["setting", "largest ratio", "mean ratio", f"within {ALLOWED:g}", "worst on"]]
+    kinds = results["families"]
+    lines = [["setting", *kinds, "all", f"within {ALLOWED:g}", "largest"]]
     for one in shown:
-        ratios = [number(one[name], 2) for name in ("worst", "mean")]
-        lines.append([one["setting"], *ratios, f"{one['within']:.0%}", one["where"]])
+        setting = one["setting"]
+        ratios = [*(each[setting] for each in kinds.values()), one["mean"]]
+        cells = [number(ratio, 2) for ratio in ratios]
+        lines.append([setting, *cells, f"{one['within']:.0%}", number(one["worst"], 2)])
+    worst = [f"- {one['setting']}: {one['where']}" for one in shown]
     text = f"""\
 # Settings of Anderson on equations of many kinds
 
-Ratios of mean evaluations to those of the setting that does best on the equation; a sample that
-misses the tolerance counts as {config["max_steps"]}. Below: the same by kind of equations, of their
-geometric means; then mean (largest) evaluations.
+Mean evaluations on an equation by those of the setting that does best there; a sample that misses
+the tolerance counts as {config["max_steps"]}. Of a kind, the geometric mean over its equations, by
+that of the setting with the smallest; of all, the geometric mean; the share of equations where a
+setting is within {ALLOWED:g}; the largest ratio. Below: where, and mean (largest) evaluations.
 """
-    kinds = [["setting", *results["families"]]]
-    for one in shown:
-        by_kind = results["families"].values()
-        kinds.append([one["setting"], *(number(each[one["setting"]], 2) for each in by_kind)])
-    tables = [markdown_table(lines, width=160), markdown_table(kinds, width=160)]
-    return "\n\n".join([text.strip(), *tables, *details(results, shown)])
+    tables = [markdown_table(lines, width=160), "\n".join(worst), *details(results, shown)]
+    return "\n\n".join([text.strip(), *tables])
 
 
 def details(results: dict[str, Any], shown: Sequence[dict[str, Any]]) -> Iterator[str]:
