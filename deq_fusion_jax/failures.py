@@ -26,12 +26,16 @@ def without_nan(linear: Any, undefined: jax.Array, lost: jax.Array) -> tuple[Any
         if not jnp.issubdtype(x.dtype, jnp.floating) or not axes:
             continue
         finite = jnp.isfinite(x)
+        bad = [~jnp.all(_rows(finite, axis, lost.shape[0]), axis=1) for axis in axes]
+        if len(axes) == 1:
+            undefined |= bad[0]
+            leaves[k] = jnp.where(finite, x, 0)
+            continue
         known = jnp.asarray(False)
-        for axis in axes:
-            bad = ~jnp.all(_rows(finite, axis, lost.shape[0]), axis=1)
-            explains = jnp.asarray(len(axes) == 1) | ~jnp.any(bad & ~lost)
-            undefined |= bad & explains
-            known |= explains
+        for each in bad:
+            explained = ~jnp.any(each & ~lost)
+            undefined |= each & explained
+            known |= explained
         leaves[k] = jnp.where(finite | ~known, x, 0)
     return jax.tree.unflatten(treedef, leaves), undefined
 

@@ -375,6 +375,7 @@ def test_weight_tied_has_the_fields_and_the_parameters_of_deq_fusion():
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_weight_tied_converges_to_the_equilibrium_and_its_gradient():
     with jax.enable_x64(True):
         inputs = draw({"audio": 5, "image": 16}, dtype=jnp.float64)

@@ -141,6 +141,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(x64, rule):
     )
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_every_order_of_modes(x64):
     """z = a z + b: ∂²z*/∂a² = 2 b / (1 − a)³, ∂²z*/∂a∂b = 1 / (1 − a)²."""
 

@@ -330,7 +330,7 @@ def test_a_warm_start_takes_one_step(schedule):
     np.testing.assert_allclose(warm.fused, cold.fused, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["joint", "staged"])
+@pytest.mark.parametrize("schedule", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
 def test_the_adjoint_is_watched_and_warm_started(schedule):
     x, layer = features(), LAYER.clone(schedule=schedule)
 
@@ -358,6 +358,7 @@ def zeros_like_state(x):
 # --- the staged schedule -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_staged_is_joint(x64):
     """The same fixed point and gradients, with dropout and missing modalities."""
     widths, inner = (D, 5, D), (2, 3)

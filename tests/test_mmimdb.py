@@ -144,6 +144,7 @@ class TestFeatures:
 
 
 class TestRaw:
+    @pytest.mark.slow
     def test_trains_on_plots_and_posters(self, main, raw, tmp_path):
         run_dir = tmp_path / "run"
         status, _, _ = main(

@@ -259,12 +259,13 @@ def test_a_masked_sample_adds_exactly_nothing(solver, rule):
     assert jnp.isfinite(inputs[jnp.arange(8) != 3]).all()
 
 
-@pytest.mark.parametrize(("batch", "width"), [(6, 6), (2, 2), (6, 12), (12, 6), (1, 3)])
+@pytest.mark.parametrize(("batch", "width"), [(6, 6), (12, 6), (1, 3)])
 def test_a_masked_sample_where_other_axes_are_as_long_as_the_batch(batch, width):
     W = 0.1 * jnp.eye(width) + 0.02
     x = jax.random.normal(jax.random.key(0), (batch, width))
-    got = jax.grad(loss)(W, x.at[0].set(jnp.nan))
-    want = jax.grad(loss)(W, x[1:]) if batch > 1 else jnp.zeros_like(W)
+    gradient = jax.grad(partial(loss, solver=Picard(1e-5, 200)))
+    got = gradient(W, x.at[0].set(jnp.nan))
+    want = gradient(W, x[1:]) if batch > 1 else jnp.zeros_like(W)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
