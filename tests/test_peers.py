@@ -100,9 +100,8 @@ def test_ours_is_as_near_as_the_tolerance_allows(name):
     assert found["gradient_near"] if problem.args else found["gradient"] is None
 
 
-@pytest.mark.slow
-def test_slow_modes_want_a_smaller_ridge():
-    """What BENCHMARK.md says of the geometric decay."""
+def test_slow_modes_take_few_evaluations():
+    """What BENCHMARK.md says of the geometric decay; plain iteration takes some 3,000."""
     problem = BY_NAME["geometric decay"]
 
     @partial(jax.jit, static_argnums=0)
@@ -110,10 +109,8 @@ def test_slow_modes_want_a_smaller_ridge():
         f = lambda z: scaled(z, *problem.args)  # noqa: E731
         return deq_fixed_point(f, arrays(problem.z0[None], "float32"), solver=solver)[1].steps[0]
 
-    options = {"tol": problem.tol, "max_steps": problem.max_steps}
-    for atol, default, smaller in ((problem.tol, 1000, 20), (None, problem.max_steps, 200)):
-        assert steps(Anderson(**options, atol=atol)) >= default
-        assert steps(Anderson(**options, atol=atol, ridge=1e-4)) <= smaller
+    assert steps(Anderson(problem.tol, problem.max_steps, atol=problem.tol)) <= 12
+    assert steps(Anderson(problem.tol, problem.max_steps)) <= 20
 
 
 @pytest.mark.parametrize("contender", installed())
