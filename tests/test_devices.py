@@ -180,6 +180,7 @@ def loops_and_collectives(text):
     return len(loops), len(waiting), len(COLLECTIVE.findall(text))
 
 
+@pytest.mark.slow
 def test_no_device_waits_inside_a_solve(mesh):
     """The HLO has a collective, the mean of the gradients, but none within a loop."""
     task = spread(Task(**TASK.__dict__ | {"model": Net(FUSION.clone(solver=Anderson()))}))

@@ -122,11 +122,8 @@ def test_outputs_name_no_path_of_a_machine(path):
     assert [text for text in shown if MACHINE_PATH.search(text)] == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[1:])],
-    ids=[path.stem for path in NOTEBOOKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_runs(path, tmp_path, monkeypatch):
     """In an empty directory, on this checkout of the library, with warnings as errors."""
     inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
