@@ -1,5 +1,6 @@
 """What users met who tried `deq_fixed_point`: each was silently wrong, or ended in a traceback."""
 
+import re
 from functools import partial
 
 import equinox as eqx
@@ -455,6 +456,16 @@ def test_leaves_that_are_no_arrays():
     want = jax.grad(lambda a: jnp.sum(deq_fixed_point(g, jnp.zeros_like(X), a, solver=TIGHT)[0]))
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(want(arrays)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_no_constant_is_as_large_as_the_batch():
+    """P19: XLA would fold it, for seconds, while it compiles."""
+    batch = 99_991
+    f = jax.jit(jax.grad(lambda x: loss(W, x)))
+    text = f.lower(jax.ShapeDtypeStruct((batch, 6), jnp.float32)).compile().as_text()
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", text)
+    assert len(shapes) > 10
+    assert not [shape for shape in shapes if str(batch) in shape.split(",")]
 
 
 def test_auxiliary_output(x64):
