@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from deq_fusion_jax.stats import ConvergenceWarning
 
 
-def without_nan(linear: Any, undefined: jax.Array, lost: jax.Array) -> tuple[Any, jax.Array]:
-    """A linear map without NaN and infinite coefficients, and `undefined` [B] or whose they were.
+def without_nan(linear: Any, lost: jax.Array) -> tuple[Any, jax.Array]:
+    """A linear map without NaN and infinite coefficients, and the samples [B] whose they were.
 
     A cotangent of zero times NaN is NaN, and sums over samples spread it. Coefficients belong to
     the samples along an axis that has the length of the batch, or along the first one if that is a
@@ -21,6 +21,7 @@ def without_nan(linear: Any, undefined: jax.Array, lost: jax.Array) -> tuple[Any
     them it is that of samples `lost` [B] alone.
     """
     leaves, treedef = jax.tree.flatten(linear)
+    undefined = lost & False
     for k, x in enumerate(leaves):
         axes = _batch_axes(x.shape, lost.shape[0])
         if not jnp.issubdtype(x.dtype, jnp.floating) or not axes:

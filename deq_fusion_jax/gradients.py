@@ -25,7 +25,6 @@ from deq_fusion_jax.state import (
     unraveler,
     varying,
     working_dtype,
-    zeros_of_rows,
 )
 from deq_fusion_jax.stats import SolveStats
 
@@ -146,10 +145,11 @@ class Implicit:
         f, z_star, unravel = solved.f, ravel(solved.z_star), unraveler(solved.z_star)
         _, along_z = jax.linearize(lambda z: ravel(f(unravel(z), solved.theta)), z_star)
         _, along_theta = jax.linearize(lambda t: ravel(f(solved.z_star, t)), solved.theta)
-        undefined, lost = zeros_of_rows(z_star) > 0, ~solved.stats.converged
-        along_z, undefined = without_nan(along_z, undefined, lost)
-        along_theta, undefined = without_nan(along_theta, undefined, lost)
-        undefined = varying(undefined, [jax.typeof(z_star)])
+        lost = ~solved.stats.converged
+        (along_z, first), (along_theta, second) = (
+            without_nan(linear, lost) for linear in (along_z, along_theta)
+        )
+        undefined = varying(first | second, [jax.typeof(z_star)])
         solve = partial(self._solve, solved, undefined)
         # The solution is differentiated by its equation alone, not by how it is solved.
         jvp = jax.lax.stop_gradient(along_z)
@@ -312,5 +312,4 @@ def _unrolled(
         return jax.lax.scan(step, start, None, length=rule.steps)[0]
 
     _, linear = jax.linearize(unrolled, solved.theta)
-    none, lost = zeros_of_rows(ravel(start)) > 0, ~solved.stats.converged
-    return without_nan(linear, none, lost)[0](dtheta)
+    return without_nan(linear, ~solved.stats.converged)[0](dtheta)

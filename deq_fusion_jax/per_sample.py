@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deq_fusion_jax.program import collective_axes
 from deq_fusion_jax.residual import FLOOR, measured
@@ -28,7 +27,7 @@ from deq_fusion_jax.state import (
     working_dtype,
     zeros_of_rows,
 )
-from deq_fusion_jax.static import is_array
+from deq_fusion_jax.static import is_array, known
 from deq_fusion_jax.stats import SolveStats, Status, judged
 
 with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
@@ -41,11 +40,6 @@ with warnings.catch_warnings():  # jaxopt is unmaintained, and says so at import
 # diverge: mixing starts anew from there. Below FAR they may be on their way over a hump, where
 # mixing would only take them back. Mixing that takes it as far starts anew from the best iterate.
 PROGRESS, MIXED, PLAIN, LONG, ESCAPE, FAR = 0.9, 12, 42, 168, 10, 0.2
-
-
-def known(value: Any) -> bool:
-    """Whether an option is a number now; it may be an array, traced even, that is one later."""
-    return isinstance(value, int | float | np.generic)
 
 
 class _State(NamedTuple):

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.mixing import along, combination, mixing_weights, products, put, ring_like
-from deq_fusion_jax.per_sample import PerSample, jaxopt, known
+from deq_fusion_jax.per_sample import PerSample, jaxopt
 from deq_fusion_jax.program import collective_axes
 from deq_fusion_jax.residual import measured, row_norm
 from deq_fusion_jax.state import Map, PyTree, ravel, unraveler, zeros_of_rows
+from deq_fusion_jax.static import known
 from deq_fusion_jax.stats import SolveStats, Status, judged
 
 

@@ -15,6 +15,11 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
 
+def known(value: Any) -> bool:
+    """Whether an option is a number now; it may be an array, traced even, that is one later."""
+    return isinstance(value, int | float | np.generic)
+
+
 def split_arrays(args: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
     """The arrays and floats among the leaves, and what puts them back among the others.
 
