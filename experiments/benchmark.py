@@ -41,7 +41,14 @@ from experiments.benchmarks.timing import Contender, timings
 from experiments.benchmarks.training import LESSONS, Lesson, our_learner, taught
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import config_to_dict, processor, versions, write_json, write_text
+from experiments.common.files import (
+    config_to_dict,
+    make_folder,
+    processor,
+    versions,
+    write_json,
+    write_text,
+)
 
 Row = dict[str, Any]
 Case = Callable[[], list[Row]]
@@ -243,10 +250,7 @@ def machine() -> dict[str, str]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures the parts and writes the run directory; what `benchmark.json` holds."""
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run-dir {config.run_dir}: {error.strerror}; give a folder") from error
+    make_folder(config.run_dir, "--run-dir")
     results: dict[str, Any] = {"config": config_to_dict(config), "machine": machine()}
     results["missing"] = missing("torch", "torchdeq", "optimistix")
     # On a GPU float32 products would otherwise be rounded to 10 bits.

@@ -73,10 +73,12 @@ def test_what_it_writes(main, tmp_path):
     assert set(written["families"]) == {"rotation"}
 
 
-def test_what_cannot_be_used(refuses):
+def test_what_cannot_be_used(refuses, tmp_path):
     refuses("--families fusions: expected some of fusion, trained", "--families", "fusions")
     refuses("above the resolution of float32", "--tolerances", "1e-9")
     refuses("--histories of at least 2", "--histories", "1")
     refuses("--dampings: expected values in (0, 1]", "--dampings", "0")
     refuses("--max-steps 0: at least 1", "--max-steps", "0")
     refuses("--help lists the options", "--history", "5")
+    (tmp_path / "file").touch()
+    refuses("file: File exists; give a folder", "--run-dir", tmp_path / "file")

@@ -34,7 +34,14 @@ from deq_fusion_jax.state import Map, PyTree
 from experiments.benchmarks.equations import FAMILIES, Equation, equations
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import config_to_dict, processor, versions, write_json, write_text
+from experiments.common.files import (
+    config_to_dict,
+    make_folder,
+    processor,
+    versions,
+    write_json,
+    write_text,
+)
 from experiments.common.text import markdown_table, number
 
 ALLOWED = 1.15  # the ratio that a good setting stays below
@@ -255,6 +262,7 @@ def parse_args(args: Sequence[str]) -> Config:
 @exit_cleanly()
 def main() -> None:
     config = parse_args(sys.argv[1:])
+    make_folder(config.run_dir, "--run-dir")
     start = time.monotonic()
     rows = measure(config)
     results = {

@@ -34,7 +34,14 @@ from experiments.benchmarks.peers_contenders import OPTIONAL, Answer, Solve, ins
 from experiments.benchmarks.peers_problems import PROBLEMS, Problem, arrays, loss, reference
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import config_to_dict, processor, versions, write_json, write_text
+from experiments.common.files import (
+    config_to_dict,
+    make_folder,
+    processor,
+    versions,
+    write_json,
+    write_text,
+)
 from experiments.common.text import markdown_table, number
 
 Row = dict[str, Any]
@@ -277,11 +284,7 @@ def parse_args(args: Sequence[str]) -> Config:
 
 def run(config: Config) -> Row:
     """Measures, and writes into the run directory; what `results.json` holds."""
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as refused:
-        what = f"--run-dir {config.run_dir}: {refused.strerror}"
-        raise InputError(f"{what}; give a folder") from refused
+    make_folder(config.run_dir, "--run-dir")
     start = time.monotonic()
     problems = [problem for problem in PROBLEMS if problem.name in config.problems]
     # On a GPU float32 products would otherwise be rounded to 10 bits.

@@ -33,7 +33,14 @@ from experiments.benchmarks.tables import called
 from experiments.benchmarks.timing import Contender, interleaved
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import config_to_dict, processor, versions, write_json, write_text
+from experiments.common.files import (
+    config_to_dict,
+    make_folder,
+    processor,
+    versions,
+    write_json,
+    write_text,
+)
 from experiments.common.text import markdown_table, number, percent
 
 EXACT = 1e-14  # tolerance of the reference
@@ -311,10 +318,7 @@ def parse_args(args: Sequence[str]) -> Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, and writes into `out`; what `types.json` holds."""
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {config.out}: {error.strerror}; give a folder") from error
+    make_folder(config.out, "--out")
     machine = {"processor": processor(), **versions()}
     about = {"config": config_to_dict(config), "machine": machine, "exact": EXACT}
     results = {**about, "rows": measure(config)}

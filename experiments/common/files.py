@@ -14,7 +14,21 @@ from typing import Any
 
 import jax
 
+from experiments.common.errors import InputError
+
 PACKAGES = ("jax", "flax", "optax", "jaxopt", "orbax-checkpoint", "numpy", "scikit-learn")
+
+
+def make_folder(path: Path, option: str) -> None:
+    """The folder of an option, before the work whose results go there.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}; give a folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
