@@ -27,7 +27,7 @@ def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
         raise InputError(
             f"cannot carve {fraction!r} of {len(split.labels)} rows for validation: {error}"
         ) from error
-    train, validation = (_take(split, np.sort(part)) for part in rows)
+    train, validation = (take(split, np.sort(part)) for part in rows)
     return train, validation
 
 
@@ -80,7 +80,7 @@ def min_max(train: Split, *others: Split) -> tuple[Split, ...]:
     )
 
 
-def _take(split: Split, rows: np.ndarray) -> Split:
+def take(split: Split, rows: np.ndarray) -> Split:
     inputs = {modality: values[rows] for modality, values in split.inputs.items()}
     return Split(inputs, split.labels[rows])
 

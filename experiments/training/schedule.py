@@ -1,9 +1,8 @@
 """How long to train, and which epoch to keep: decided from the history alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 History = Sequence[Mapping[str, Any]]  # one row an evaluation; see `experiments.training.train.fit`
 
@@ -33,13 +32,22 @@ class Schedule(NamedTuple):
         """The next one to be evaluated."""
         return min(history[-1]["epoch"] + self.evaluate_every, self.epochs)
 
-    def selects(self, history: History, best_epoch: int, monitor: str) -> bool:
-        """Whether the newest epoch is better than `best_epoch`, by the validation score."""
-        scores = [row["validation"][monitor] for row in history]
-        best = next(i for i, row in enumerate(history) if row["epoch"] == best_epoch)
-        ends = len(scores) - 1, best
-        score, highest = (np.mean(scores[: end + 1][-self.smooth :]) for end in ends)
-        return bool(score > highest or (np.isfinite(score) and not np.isfinite(highest)))
+    def best_epoch(self, history: History, monitor: str) -> int:
+        """The first epoch with the best validation score; of equal scores, or where none is
+        defined, with the smallest validation loss.
+
+        Epoch 0, the untrained weights, only while there is no other.
+        """
+        ends = range(min(1, len(history) - 1), len(history))
+        best = max(ends, key=lambda end: self._standing(history[: end + 1], monitor))
+        return history[best]["epoch"]
+
+    def _standing(self, history: History, monitor: str) -> tuple[float, float]:
+        """What the last epoch is selected by: mean score, mean loss negated; -inf: undefined."""
+        rows = history[-self.smooth :]
+        score = sum(row["validation"][monitor] for row in rows) / len(rows)
+        loss = sum(row["validation_loss"] for row in rows) / len(rows)
+        return tuple(x if math.isfinite(x) else -math.inf for x in (score, -loss))
 
     def ending(self, history: History, best_epoch: int, bad: int) -> str | None:
         """Why training is over, after `bad` bad steps in a row; None where it is not."""

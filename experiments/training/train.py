@@ -193,7 +193,7 @@ class Training:
         """Whether the newest epoch is `keep`, or without `keep` better than the best one before."""
         monitor, newest = self.task.monitor, self.history[-1]
         if self.keep is None:
-            return self.schedule.selects(self.history, self.best_epoch, monitor)
+            return self.schedule.best_epoch(self.history, monitor) == newest["epoch"]
         score = newest["validation"][monitor]
         return newest["epoch"] == self.keep and bool(np.isfinite(score))
 
