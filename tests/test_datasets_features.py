@@ -6,7 +6,7 @@ import pytest
 from experiments.common.errors import InputError
 from experiments.datasets import Split
 from experiments.datasets.features import Table, missing, read, strata
-from experiments.datasets.preprocess import draw_split, standardise
+from experiments.datasets.preprocess import draw_split, folds, standardise
 
 N = 12
 X = np.random.default_rng(0).standard_normal((N, 3))
@@ -242,3 +242,85 @@ class TestTheDrawnSplit:
         assert draw_split(strata(table(several, "multilabel")), 0)[30] == 0
         with pytest.raises(InputError, match="'class 0' has 2 of 20 rows, and only 0 are of"):
             strata(table(np.arange(20) // 2, "multiclass"))
+
+
+class TestGroups:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_drawn_split_keeps_them_together(self, seed):
+        rng = np.random.default_rng(seed)
+        groups = rng.integers(0, 60, 400) * 7
+        strata = (groups % 3 + (rng.random(400) < 0.2)) % 3
+        split = draw_split(strata, seed, groups)
+        assert all(len(np.unique(split[groups == group])) == 1 for group in np.unique(groups))
+        for part, share in enumerate((5 / 7, 1 / 7, 1 / 7)):
+            count = np.bincount(strata[split == part], minlength=3)
+            np.testing.assert_allclose(count, share * np.bincount(strata), atol=10)
+        np.testing.assert_array_equal(split == 2, draw_split(strata, seed + 9, groups) == 2)
+
+    def test_few_groups_and_too_few(self):
+        strata, groups = np.arange(30) % 2, np.repeat([5, 1, 9], 10)
+        assert np.bincount(draw_split(strata, 0, groups)).tolist() == [10, 10, 10]
+        with pytest.raises(InputError, match="2 groups can be held out, in 3 parts"):
+            draw_split(strata, 0, np.minimum(groups, 5))
+
+    def test_a_large_group_is_not_the_test_rows(self):
+        groups = np.where(np.arange(90) < 50, 0, np.arange(90))
+        split = draw_split(np.zeros(90, int), 0, groups)
+        assert (split[:50] == 0).all() and 5 < (split == 2).sum() < 20
+
+
+def check_folds(found, rows, count, repeats, never=()):
+    assert len(found) == count * repeats
+    for kept, held_out in found:
+        both = np.concatenate([kept, held_out])
+        np.testing.assert_array_equal(np.sort(both), np.arange(rows))
+        assert (np.diff(kept) > 0).all() and (np.diff(held_out) > 0).all()
+    for start in range(0, len(found), count):
+        held_out = np.concatenate([held_out for _, held_out in found[start : start + count]])
+        np.testing.assert_array_equal(np.sort(held_out), np.setdiff1d(np.arange(rows), never))
+
+
+class TestFolds:
+    def test_of_classes_and_of_rare_ones(self):
+        labels = np.repeat([0, 1, 2, 3], [50, 31, 2, 17])
+        groups = strata(table(labels, "multiclass"))
+        found = folds(groups, None, 5, 3, 0)
+        check_folds(found, 100, 5, 3, never=np.flatnonzero(labels == 2))
+        for _, held_out in found:
+            assert len(held_out) in (19, 20)
+            count = np.bincount(labels[held_out], minlength=4)
+            assert (np.abs(count - [10, 6.2, 0, 3.4]) < 1).all()
+        assert (found[0][1] != found[5][1]).any()
+        again, other = folds(groups, None, 5, 3, 0), folds(groups, None, 5, 3, -1)
+        assert all((a[1] == b[1]).all() for a, b in zip(found, again, strict=True))
+        assert not all(np.array_equal(a[1], b[1]) for a, b in zip(found, other, strict=True))
+
+    def test_of_several_classes_and_of_numbers(self):
+        rng = np.random.default_rng(0)
+        several = (rng.random((100, 3)) < [0.5, 0.3, 0.1]).astype(np.float32)
+        values = rng.exponential(size=100)
+        for labels, kind in ((several, "multilabel"), (values, "regression")):
+            found = folds(strata(table(labels, kind)), None, 4, 2, 7)
+            check_folds(found, 100, 4, 2)
+            assert {len(held_out) for _, held_out in found} == {25}
+            for _, held_out in found:
+                np.testing.assert_allclose(
+                    labels[held_out].mean(axis=0), labels.mean(axis=0), atol=0.2
+                )
+
+    def test_of_groups(self):
+        rng = np.random.default_rng(0)
+        groups = rng.integers(0, 40, 200)
+        labels = groups % 2
+        labels[[0, 1]] = 2  # rare: their groups are always trained on
+        found = folds(strata(table(labels, "multiclass")), groups, 5, 2, 0)
+        check_folds(found, 200, 5, 2, never=np.flatnonzero(np.isin(groups, groups[:2])))
+        for kept, held_out in found:
+            assert not np.intersect1d(groups[kept], groups[held_out]).size
+            assert 25 < len(held_out) < 55 and 0.3 < labels[held_out].mean() < 0.7
+
+    def test_too_few(self):
+        with pytest.raises(InputError, match="4 rows can be held out, in 5 parts"):
+            folds(np.array([0, 0, 0, 1, -1]), None, 5, 1, 0)
+        with pytest.raises(InputError, match="3 groups can be held out, in 5 parts"):
+            folds(np.arange(30) % 2, np.arange(30) % 3, 5, 1, 0)

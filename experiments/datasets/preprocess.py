@@ -1,10 +1,11 @@
 """How rows are split, and scaling that is fitted on the training rows only."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
@@ -31,21 +32,94 @@ def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
     return train, validation
 
 
-def draw_split(strata: np.ndarray, seed: int) -> np.ndarray:
+def draw_split(strata: np.ndarray, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """[N] of 0 (train), 1 (validation) and 2 (test): 15 % each of the rows with a stratum ≥ 0.
 
     The rows are lined up by stratum, in random order within each, and taken at equal distances: of
-    n rows of a stratum 0.15 n, rounded up or down. The test rows are the same for all seeds.
+    n rows of a stratum 0.15 n, rounded up or down. Of `groups` [N] whole ones are taken, a seventh
+    of the rows, or one group where there are fewer than seven. The test rows are the same for all
+    seeds.
+
+    Raises:
+      InputError: fewer than three groups can be held out.
     """
     split = np.zeros(len(strata), np.int32)
     count = -(-15 * np.count_nonzero(strata >= 0) // 100)
-    for part, draw in ((2, 0), (1, seed % 2**32)):
+    for part, draw, counts in ((2, 0, (3, 7)), (1, seed % 2**32, (2, 6))):
         rng = np.random.default_rng((part, draw))
+        if groups is not None:
+            free = np.where(split == 0, strata, -1)
+            split[_held_out_groups(free, groups, counts, rng)] = part
+            continue
         free = np.flatnonzero((split == 0) & (strata >= 0))
-        line = free[np.lexsort((rng.random(len(free)), strata[free]))]
+        line = _line(strata, free, rng)
         taken = (np.arange(count) + rng.random()) * len(line) / count
         split[line[taken.astype(int)]] = part
     return split
+
+
+def folds(
+    strata: np.ndarray, groups: np.ndarray | None, count: int, repeats: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Repeated cross-validation: (rows, held out) of `count` folds, `repeats` times over.
+
+    Row numbers in ascending order. In each repeat every row with a stratum ≥ 0 is held out once, in
+    folds of as many rows, or one more, and of as many of each stratum; a row of stratum -1 never
+    is. Rows of one of the `groups` [N] are held out together, and no group with a row of stratum -1
+    is; the folds are as even as whole groups allow.
+
+    Raises:
+      InputError: there are fewer rows, or groups, that can be held out than folds.
+    """
+    found = []
+    for repeat in range(repeats):
+        rng = np.random.default_rng((seed % 2**32, repeat))
+        for held_out in _deal(strata, groups, (count, count), rng):
+            rows = np.setdiff1d(np.arange(len(strata)), held_out)
+            found.append((rows, np.sort(held_out)))
+    return found
+
+
+def _deal(
+    strata: np.ndarray,
+    groups: np.ndarray | None,
+    counts: tuple[int, int],
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """The rows that can be held out in parts, as many as there are groups between `counts`."""
+    free = strata >= 0
+    if groups is not None:
+        free &= ~np.isin(groups, groups[~free])
+    rows = np.flatnonzero(free)
+    units = len(rows) if groups is None else len(np.unique(groups[rows]))
+    if units < counts[0]:
+        raise InputError(
+            f"{units} {'rows' if groups is None else 'groups'} can be held out, in {counts[0]} "
+            "parts; there are too few"
+        )
+    count = min(units, counts[1])
+    if groups is None:
+        line = _line(strata, rows, rng)
+        return [line[start::count] for start in range(count)]
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=int(rng.integers(2**32)))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of small strata
+        parts = list(splitter.split(rows, strata[rows], groups[rows]))
+    return [rows[held_out] for _, held_out in parts]
+
+
+def _held_out_groups(
+    strata: np.ndarray, groups: np.ndarray, counts: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
+    """The rows of whole groups that come nearest to an equal share of every stratum."""
+    parts = _deal(strata, groups, counts, rng)
+    share = np.bincount(strata[np.concatenate(parts)]) / len(parts)
+    far = [np.abs(np.bincount(strata[p], minlength=len(share)) - share).sum() for p in parts]
+    return parts[int(np.argmin(far))]
+
+
+def _line(strata: np.ndarray, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows by stratum, in random order within each."""
+    return rows[np.lexsort((rng.random(len(rows)), strata[rows]))]
 
 
 def join(first: Split, second: Split) -> Split:
