@@ -4,9 +4,10 @@
     python -m experiments.features image.csv text.csv labels.csv
 
 See `experiments.datasets.features` for what the file may hold; what is to be learned is found out
-from the labels. Each modality: features standardised on the training rows → linear → ReLU → mean
-over positions, where there are any → linear; then the fusion, and a linear layer on top. Beside the
-result stand a prediction that looks at nothing and a linear model of the same training rows.
+from the labels, and how long to train from the number of rows (`experiments.training.settings`).
+Each modality: features standardised on the training rows → an encoder (`FeatureEncoder`), which
+sees the order of positions → the fusion, and a linear layer on top. Beside the result stand a
+prediction that looks at nothing and a linear model of the same rows.
 """
 
 import sys
@@ -46,8 +47,11 @@ class Config(CommonConfig):
     Attributes:
       data: an .npz file with a key per modality and "labels", or .csv files called after them.
       hidden: width of the encoders' hidden layer.
-      batch_size: rows a step.
-      modality_dropout: rate at which a modality of a row is hidden in training.
+      positions: ordered, where the order of the positions of sequences and images tells something,
+        or their mean.
+      epochs, batch_size, patience: None: by the number of rows.
+      modality_dropout: rate at which a modality of a row is hidden in training; None: 0.3 where
+        validation or test rows lack what the training rows have, else 0.
       data_sha256: of the files; not an option. A run on other data is not resumed.
     """
 
@@ -57,16 +61,20 @@ class Config(CommonConfig):
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
     features: int = 64
     hidden: int = 128
-    batch_size: int = 64
-    modality_dropout: float = 0.0
+    positions: Positions = "ordered"
+    epochs: int | None = None  # type: ignore[assignment]
+    batch_size: int | None = None
+    patience: int | None = None  # type: ignore[assignment]
+    modality_dropout: float | None = None
     data_sha256: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hidden", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        rate = self.modality_dropout
-        require(0 <= rate < 1, "modality_dropout", rate, "0 or more and less than 1")
+        require(self.hidden >= 1, "hidden", self.hidden, "1 or more")
+        size, rate = self.batch_size, self.modality_dropout
+        require(size is None or size >= 1, "batch_size", size, "1 or more")
+        usable = rate is None or 0 <= rate < 1
+        require(usable, "modality_dropout", rate, "0 or more and less than 1")
 
 
 def parse_args(args: Sequence[str]) -> Config:
@@ -80,26 +88,6 @@ def modalities(config: Config) -> tuple[str, ...]:
     return tuple(read(config.data).modalities)
 
 
-class Encoder(nn.Module):
-    """linear → ReLU → dropout → mean over positions → linear: [N, …, d] → [N, features].
-
-    A position that is all NaN is left out of the mean.
-    """
-
-    features: int
-    hidden: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        unknown, positions = jnp.isnan(x), range(1, x.ndim - 1)
-        there = ~jnp.all(unknown, axis=-1, keepdims=True)
-        h = nn.relu(nn.Dense(self.hidden)(jnp.where(unknown, 0, x)))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        count = jnp.maximum(jnp.sum(there, axis=positions), 1)
-        return nn.Dense(self.features)(jnp.sum(h * there, axis=positions) / count)
-
-
 class FeaturesModel(nn.Module):
     """An encoder per modality → fusion → linear: {name: [N, …]} → [N, outputs].
 
@@ -111,7 +99,8 @@ class FeaturesModel(nn.Module):
     features: int
     hidden: int
     dropout: float
-    modality_dropout: float = 0.0
+    modality_dropout: float
+    positions: Positions
 
     @nn.compact
     def __call__(
@@ -120,8 +109,8 @@ class FeaturesModel(nn.Module):
         present = ModalityDropout(self.modality_dropout)(presence(inputs), train)
         encoded = {}
         for name, x in inputs.items():
-            encoder = Encoder(self.features, self.hidden, self.dropout, name=f"encode_{name}")
-            encoded[name] = encoder(x, train)
+            options = self.features, self.hidden, self.dropout, self.positions
+            encoded[name] = FeatureEncoder(*options, name=f"encode_{name}")(x, train)
         out = self.fusion(encoded, present, train=train, **start)
         return Prediction(nn.Dense(self.outputs, name="head")(out.fused), out)
 

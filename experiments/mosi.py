@@ -161,7 +161,7 @@ def linear_models(
 
     def on_test(train: Split, test: Split) -> Metrics:
         return classification_metrics(
-            test.labels, logistic_regression(train, test, len(mosi.CLASSES))
+            test.labels, logistic_regression(train, test, len(mosi.CLASSES)).predictions
         )
 
     found = {"logistic regression": on_test(train.rows, test.rows)}

@@ -7,8 +7,12 @@ from experiments.training.schedule import Schedule
 NAN = float("nan")
 
 
-def history(*scores):
-    return [{"epoch": i, "validation": {"auc": score}} for i, score in enumerate(scores)]
+def history(*scores, losses=()):
+    losses = losses or [1.0] * len(scores)
+    return [
+        {"epoch": i, "validation": {"auc": score}, "validation_loss": loss}
+        for i, (score, loss) in enumerate(zip(scores, losses, strict=True))
+    ]
 
 
 def test_the_next_epoch_is_never_beyond_the_last():
@@ -18,21 +22,24 @@ def test_the_next_epoch_is_never_beyond_the_last():
 
 
 @pytest.mark.parametrize(
-    ("scores", "best", "smooth", "selected"),
+    ("scores", "losses", "smooth", "best"),
     [
-        ((0.5, 0.6), 0, 1, True),
-        ((0.5, 0.5), 0, 1, False),  # a tie keeps the earlier one
-        ((0.5, 0.9, 0.6), 1, 1, False),
-        ((0.5, 0.9, 0.8), 1, 2, True),  # (0.9 + 0.8) / 2 against (0.5 + 0.9) / 2
-        ((0.5, 0.9, 0.4), 1, 2, False),
-        ((NAN, 0.1), 0, 1, True),  # any score is better than none
-        ((0.1, NAN), 0, 1, False),
-        ((0.1,), 0, 1, False),  # itself
+        ((0.5, 0.6), (), 1, 1),
+        ((0.9, 0.6, 0.5), (), 1, 1),  # epoch 0, the untrained weights, is no result
+        ((0.9,), (), 1, 0),  # while there is no other
+        ((0.1, 0.5, 0.5), (), 1, 1),  # a tie of score and loss keeps the earlier one
+        ((0.1, 0.5, 0.5, 0.5), (9, 3, 1, 2), 1, 2),  # of equal scores the smallest loss
+        ((0.1, 0.6, 0.5), (9, 3, 1), 1, 1),
+        ((0.5, 0.9, 0.4, 0.8), (), 2, 1),  # (0.5 + 0.9) / 2, then 0.65 and 0.6
+        ((0.5, 0.9, 0.8), (), 2, 2),  # (0.9 + 0.8) / 2 against (0.5 + 0.9) / 2
+        ((NAN, NAN, 0.1), (), 1, 2),  # any score is better than none
+        ((0.1, 0.1, NAN), (), 1, 1),
+        ((0.9, NAN, NAN, NAN), (9, 3, 2, 4), 1, 2),  # undefined scores: by the loss alone
     ],
 )
-def test_an_epoch_is_selected_by_the_mean_of_its_last_scores(scores, best, smooth, selected):
+def test_an_epoch_is_selected_by_score_then_loss(scores, losses, smooth, best):
     schedule = Schedule(epochs=9, batch_size=1, smooth=smooth)
-    assert schedule.selects(history(*scores), best, "auc") is selected
+    assert schedule.best_epoch(history(*scores, losses=losses), "auc") == best
 
 
 @pytest.mark.parametrize(

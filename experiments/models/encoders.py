@@ -1,5 +1,7 @@
 """Encoders of single modalities: features, posters and plots to vectors [N, d]."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -130,3 +132,77 @@ def mix_rows(key: jax.Array, x: jax.Array, others: jax.Array, share: float) -> j
     shape = (*x.shape[:2], 1)
     mixed = jax.random.uniform(how_much, shape, minval=share - reach, maxval=share + reach)
     return x + mixed * (others[rows] - x)
+
+
+Positions = Literal["ordered", "mean"]
+WAVELENGTHS = (4, 16, 64, 256, 1024)  # positions
+COARSE = {1: 64, 2: 4}  # by number of axes, so many positions along each are left to be read
+
+
+class FeatureEncoder(nn.Module):
+    """Features of any shape, [N, …, d] → [N, features].
+
+    [N, d]: linear → ReLU → dropout → linear. Sequences [N, T, d] and images [N, H, W, d] go through
+    `PositionEncoder`; with `positions="mean"`, and with more axes, through the mean over positions
+    in place of that. A NaN is not known, and counts as 0; a position that is all NaN is not there.
+    """
+
+    features: int
+    hidden: int
+    dropout: float
+    positions: Positions = "ordered"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        unknown, axes = jnp.isnan(x), x.ndim - 2
+        there = ~jnp.all(unknown, axis=-1, keepdims=True)
+        x = jnp.where(unknown, 0, x)
+        if self.positions == "ordered" and axes in COARSE:
+            h = PositionEncoder(self.hidden, self.dropout)(x, there, train)
+        else:
+            h = nn.relu(nn.Dense(self.hidden)(x))
+            h = mean_over_positions(nn.Dropout(self.dropout, deterministic=not train)(h), there)
+        return nn.Dense(self.features)(h)
+
+
+class PositionEncoder(nn.Module):
+    """Sequences [N, T, d] or images [N, H, W, d] → [N, k], where the order of positions tells.
+
+    Two convolutions over three positions (an axis), each with ReLU; further ones of stride 2 while
+    an axis is longer than COARSE. What is left of an image is read position by position, [N, k]
+    with k = h w hidden; of a sequence, whose length may differ, the mean over positions, k =
+    hidden. A sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al.,
+    2017), or the mean could not tell first from last.
+
+    `there` [N, …, 1] says which positions there are; the others change nothing.
+    """
+
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, there: jax.Array, train: bool) -> jax.Array:
+        axes = x.ndim - 2
+        if axes == 1:
+            x = jnp.concatenate([x, jnp.broadcast_to(waves(x.shape[1]), (*x.shape[:2], 10))], -1)
+        h, done = jnp.where(there, x, 0), 0
+        while done < 2 or max(h.shape[1:-1]) > COARSE[axes]:
+            stride = 2 if max(h.shape[1:-1]) > COARSE[axes] else 1
+            h = nn.relu(nn.Conv(self.hidden, (3,) * axes, stride, padding=1)(h))
+            there = nn.max_pool(there, (stride,) * axes, (stride,) * axes, "SAME")
+            h, done = jnp.where(there, h, 0), done + 1
+        h = h.reshape(len(h), -1) if axes == 2 else mean_over_positions(h, there)
+        return nn.Dropout(self.dropout, deterministic=not train)(h)
+
+
+def mean_over_positions(x: jax.Array, there: jax.Array) -> jax.Array:
+    """[N, …, d] → [N, d], over the positions that are there; 0 where none is."""
+    positions = range(1, x.ndim - 1)
+    count = jnp.maximum(jnp.sum(there, axis=positions), 1)
+    return jnp.sum(x * there, axis=positions) / count
+
+
+def waves(length: int) -> jax.Array:
+    """[length, 2 · WAVELENGTHS], sine and cosine of 2π t / λ for every position t."""
+    angle = 2 * jnp.pi * jnp.arange(length)[:, None] / jnp.asarray(WAVELENGTHS)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)

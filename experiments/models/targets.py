@@ -11,7 +11,9 @@ import optax
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import Kind
+from experiments.datasets.preprocess import join
 from experiments.models import linear
+from experiments.training.devices import log
 from experiments.training.metrics import (
     Metrics,
     frequent_labels_floor,
@@ -29,7 +31,7 @@ class Target(NamedTuple):
       outputs: of the model.
       loss, metrics, probabilities, monitor: as in `Task`.
       floor: name and test scores of a prediction that looks at nothing.
-      linear: name and predictions, from training and test rows, of a linear model.
+      linear: name of a linear model, and its fit: (training rows, test rows, seconds at most).
     """
 
     outputs: int
@@ -38,7 +40,7 @@ class Target(NamedTuple):
     probabilities: Callable[[jax.Array], jax.Array]
     monitor: str
     floor: tuple[str, Metrics]
-    linear: tuple[str, Callable[[Split, Split], np.ndarray]]
+    linear: tuple[str, Callable[[Split, Split, float], linear.Fit]]
 
 
 def multiclass(dataset: Dataset) -> Target:
@@ -46,8 +48,8 @@ def multiclass(dataset: Dataset) -> Target:
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         return cross_entropy(prediction.logits, labels).mean()
 
-    def logistic_regression(train: Split, test: Split) -> np.ndarray:
-        return linear.logistic_regression(train, test, len(dataset.classes))
+    def logistic_regression(train: Split, test: Split, seconds: float) -> linear.Fit:
+        return linear.logistic_regression(train, test, len(dataset.classes), seconds)
 
     share = np.bincount(dataset.train.labels, minlength=len(dataset.classes))
     if np.count_nonzero(share) < 2:
@@ -114,13 +116,22 @@ TARGETS: dict[Kind, Callable[[Dataset], Target]] = {
 }
 
 
-def floors(dataset: Dataset, target: Target) -> tuple[dict[str, Metrics], list[str]]:
-    """Test scores of what a fusion has to beat, and notes on what is not among them."""
-    (blind, scores), (name, predict) = target.floor, target.linear
+def floors(
+    dataset: Dataset, target: Target, seconds: float
+) -> tuple[dict[str, Metrics], list[str]]:
+    """Test scores of what a fusion has to beat, and notes on what is not among them.
+
+    The linear model learns from the training and validation rows, for at most so many `seconds`.
+    """
+    (blind, scores), (name, fit) = target.floor, target.linear
     found, notes = {blind: scores}, []
+    train = dataset.train if dataset.validation is None else join(dataset.train, dataset.validation)
+    log(f"Fitting {name} beside it, for at most {seconds:.0f} s …")
     try:
-        predictions = predict(dataset.train, dataset.test)
+        predictions, done = fit(train, dataset.test, seconds)
         found[name] = target.metrics(dataset.test.labels, predictions)
+        if not done:
+            notes.append(f"Note: {name} was not done in {seconds:.0f} s; its scores are of then.")
     except InputError as why:
-        notes.append(f"No {name} beside the result: {why}.")
+        notes.append(f"Note: no {name} beside the result: {why}.")
     return found, notes

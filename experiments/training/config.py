@@ -69,7 +69,7 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         eps = float(jnp.finfo(jnp.float32).eps)
-        require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        require(self.epochs is None or self.epochs >= 0, "epochs", self.epochs, "0 or more")
         require(self.features >= 1, "features", self.features, "1 or more")
         require(eps <= self.tol < 1, "tol", self.tol, f"from {eps:.1e}, float32's resolution, to 1")
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
@@ -80,7 +80,8 @@ class CommonConfig:
         require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
         require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
         require(0 <= self.average < 1, "average", self.average, "0 or more and less than 1")
-        require(self.patience >= 1, "patience", self.patience, "1 or more")
+        usable = self.patience is None or self.patience >= 1
+        require(usable, "patience", self.patience, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

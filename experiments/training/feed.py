@@ -6,7 +6,7 @@ the epoch, cut into batches; a last incomplete batch is left out.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,25 @@ def scan_steps(
         return train_step(task, optimiser, state, batch, rows)
 
     return jax.lax.scan(step, state, orders)
+
+
+class Feed(Protocol):
+    """Where `fit` has its steps from."""
+
+    @property
+    def rows(self) -> int:
+        """How many an epoch has."""
+
+    def steps(
+        self,
+        task: Task,
+        optimiser: optax.GradientTransformation,
+        state: TrainState,
+        batch_size: int,
+        first: int,
+        end: int,
+    ) -> Iterator[tuple[int, TrainState, Seen]]:
+        """Trains from step `first` to `end`: (steps done, state, what the steps saw), in parts."""
 
 
 def feed(train: Split | Stream) -> Resident | Streamed:

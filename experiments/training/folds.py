@@ -1,20 +1,25 @@
 """Cross-validation: where rows are few, all of them select the epoch, in turns."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments.datasets import Split
 from experiments.datasets.preprocess import take
 from experiments.training.checkpoint import Checkpoints
+from experiments.training.devices import put, share_of
+from experiments.training.feed import order_of_epoch, scan_steps
 from experiments.training.schedule import Schedule
-from experiments.training.task import Task
-from experiments.training.train import fit
+from experiments.training.step import Seen, TrainState, copied, init_state
+from experiments.training.task import Task, Variables
+from experiments.training.train import Fitted, Training, row_of, train_to_the_end
 
-History = list[dict[str, Any]]
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # of each the rows to train on, and those held out
 
 
@@ -25,35 +30,102 @@ def cross_validate(
     folds: Folds,
     schedule: Schedule,
     seed: int,
-    checkpoints: Sequence[Checkpoints | None],
-    report: Callable[[int, dict[str, Any]], None] = lambda fold, row: None,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[History, int]:
-    """Trains once a fold, and returns the mean history and the epoch that it selects.
+) -> Fitted:
+    """As `fit`, with a model for each fold, all of them trained in turns by one program.
 
-    Every fold is trained through all epochs of the schedule. Folds have equally many training rows
-    (a few of the larger ones sit out), so that one compiled program trains all of them.
+    The history has the means over the folds, each evaluated on the rows that it holds out, and by
+    them the epoch is selected. `best` and `last` are stacked, with a leading axis of the folds.
+    All folds train on equally many rows; a few rows of the larger ones sit out.
     """
-    schedule = schedule._replace(patience=None)
-    fewest = min(len(learned) for learned, _ in folds)
-    histories = []
-    for fold, (learned, held_out) in enumerate(folds):
-        learned = np.random.default_rng((seed, fold)).permutation(learned)[:fewest]
-        parts = take(rows, np.sort(learned)), take(rows, held_out)
-        fitted = fit(
-            task,
-            optimiser,
-            *parts,
-            schedule,
-            seed + fold,
-            checkpoints[fold],
-            lambda row, fold=fold: report(fold, row),
-            stop=stop,
-        )
-        histories.append(fitted.history)
-    history = [_mean(rows) for rows in zip(*histories, strict=True)]
-    return history, schedule.best_epoch(history, task.monitor)
+    learned = _equally_many([learned for learned, _ in folds], seed)
+    fed = Folded(put(rows), put(learned))
+    batch_size = share_of(schedule.batch_size, fed.rows)
+    states = [init_state(task, optimiser, rows.inputs, seed + i) for i in range(len(folds))]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    held_out = tuple(put(take(rows, rows_out)) for _, rows_out in folds)
+    best = copied(state.learned)
+    training = Folding(task, schedule, held_out[0], None, None, checkpoints, state, best)
+    training.held_out = held_out
+    return train_to_the_end(training, optimiser, fed, batch_size, report, stop, lambda *_: None)
 
 
-def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return jax.tree.map(lambda *values: float(np.mean(values)), *rows) | {"epoch": rows[0]["epoch"]}
+class Folded(NamedTuple):
+    """Rows of which every fold has its own, `learned` [folds, n]; states are stacked."""
+
+    split: Split
+    learned: jax.Array
+
+    @property
+    def rows(self) -> int:
+        return self.learned.shape[1]
+
+    def steps(
+        self,
+        task: Task,
+        optimiser: optax.GradientTransformation,
+        state: TrainState,
+        batch_size: int,
+        first: int,
+        end: int,
+    ) -> Iterator[tuple[int, TrainState, Seen]]:
+        """As `Resident.steps`; what the steps saw is [folds, steps]."""
+        epochs = (end - first) // (self.rows // batch_size)
+        yield end, *_run_epochs(task, optimiser, state, *self, batch_size, epochs)
+
+
+@partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)
+def _run_epochs(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    states: TrainState,
+    data: Split,
+    learned: jax.Array,
+    batch_size: int,
+    epochs: int,
+) -> tuple[TrainState, Seen]:
+    """`feed.run_epochs` for every fold."""
+    batches = learned.shape[1] // batch_size
+
+    def of_fold(fold: tuple[TrainState, jax.Array]) -> tuple[TrainState, Seen]:
+        state, rows = fold
+
+        def order(epoch: jax.Array) -> jax.Array:
+            return rows[order_of_epoch(state.key, epoch, len(rows))[: batches * batch_size]]
+
+        orders = jax.vmap(order)(state.step // batches + jnp.arange(epochs))
+        return scan_steps(task, optimiser, state, data, orders.reshape(-1, batch_size))
+
+    return jax.lax.map(of_fold, (states, learned))  # on a CPU faster than side by side
+
+
+@dataclasses.dataclass
+class Folding(Training):
+    """A training of a model for each fold.
+
+    Attributes:
+      held_out: the rows that each is evaluated on.
+    """
+
+    held_out: tuple[Split, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """The mean over the folds."""
+        rows = [
+            row_of(self.task, _of_fold(self.state.learned, fold), held_out, None, self.means())
+            for fold, held_out in enumerate(self.held_out)
+        ]
+        return jax.tree.map(lambda *values: float(np.mean(values)), *rows)
+
+
+def _of_fold(learned: Variables, fold: int) -> Variables:
+    return jax.tree.map(lambda x: x[fold], learned)
+
+
+def _equally_many(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """[folds, n], as many of each as the smallest one has, in ascending order."""
+    fewest = min(map(len, rows))
+    rng = np.random.default_rng(seed)
+    return np.stack([np.sort(rng.permutation(some)[:fewest]) for some in rows])

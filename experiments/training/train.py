@@ -17,7 +17,7 @@ from experiments.datasets.preprocess import join
 from experiments.datasets.stream import Stream
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import any_process, put, share_of
-from experiments.training.feed import Resident, Streamed, feed
+from experiments.training.feed import Feed, feed
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
 from experiments.training.task import Task, Variables, evaluate, solver_means
@@ -79,6 +79,19 @@ def fit(
     state = init_state(task, optimiser, rows.examples, seed)
     splits = put(validation), put(test)
     training = Training(task, schedule, *splits, keep, checkpoints, state, copied(state.learned))
+    return train_to_the_end(training, optimiser, rows, batch_size, report, stop, progress)
+
+
+def train_to_the_end(
+    training: "Training",
+    optimiser: optax.GradientTransformation,
+    rows: Feed,
+    batch_size: int,
+    report: Callable[[dict[str, Any]], None],
+    stop: Callable[[], bool],
+    progress: Progress,
+) -> Fitted:
+    """Restores the training and goes on until its schedule says stop; see `fit`."""
     training.restore()
     if not training.history:
         training.evaluate(epoch=0)
@@ -99,7 +112,7 @@ def fit(
 def train_to_next_evaluation(
     training: "Training",
     optimiser: optax.GradientTransformation,
-    rows: Resident | Streamed,
+    rows: Feed,
     batch_size: int,
     stop: Callable[[], bool],
     progress: Progress,
@@ -180,7 +193,7 @@ class Training:
 
         `began` is when training went on from the last row, by the monotonic clock.
         """
-        row = _row(self.task, self.state.learned, self.validation, self.test, self.means())
+        row = self.row()
         seconds = 0.0
         if began is not None:
             seconds = self.history[-1]["seconds"] + time.monotonic() - began
@@ -188,6 +201,10 @@ class Training:
         self.sums, self.seconds = {}, 0.0
         if self._is_chosen():
             self.best, self.best_epoch = copied(self.state.learned), epoch
+
+    def row(self) -> dict[str, Any]:
+        """What the evaluation of the state adds to the history."""
+        return row_of(self.task, self.state.learned, self.validation, self.test, self.means())
 
     def _is_chosen(self) -> bool:
         """Whether the newest epoch is `keep`, or without `keep` better than the best one before."""
@@ -203,7 +220,7 @@ class Training:
 
     def ending(self) -> str | None:
         """Why training is over; None where it is not."""
-        return self.schedule.ending(self.history, self.best_epoch, int(self.state.bad))
+        return self.schedule.ending(self.history, self.best_epoch, int(jnp.max(self.state.bad)))
 
     def fitted(self) -> Fitted:
         ending = self.ending()
@@ -233,7 +250,7 @@ def refit(
     return again if again.best_epoch == chosen.best_epoch else chosen
 
 
-def _row(
+def row_of(
     task: Task, learned: Variables, validation: Split, test: Split | None, means: dict[str, float]
 ) -> dict[str, Any]:
     """What an evaluation adds to the history."""
