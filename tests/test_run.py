@@ -24,9 +24,10 @@ from experiments.run import Job, execute
 from experiments.training.config import (
     CommonConfig,
     PublishedConfig,
+    begin_run,
     build_fusion,
     command_line,
-    open_run,
+    opened_run,
 )
 from experiments.training.metrics import Results, multiclass_metrics
 from experiments.training.schedule import Schedule
@@ -89,7 +90,7 @@ class Run:
     def execute(self, **changes):
         config = dataclasses.replace(self.config, **changes)
         schedule = self.job.schedule._replace(epochs=config.epochs)
-        return execute(self.job._replace(schedule=schedule), config)
+        return execute("toy", lambda _: self.job._replace(schedule=schedule), config)
 
     def json(self, name):
         return json.loads((self.run_dir / name).read_text(encoding="utf-8"))
@@ -232,7 +233,7 @@ class TestResume:
         assert run.json("config.json")["config"]["epochs"] == 4
         at_once = dataclasses.replace(run.config, run_dir=tmp_path / "at-once", epochs=4)
         schedule = run.job.schedule._replace(epochs=4)
-        expected = execute(run.job._replace(schedule=schedule), at_once)
+        expected = execute("toy", lambda _: run.job._replace(schedule=schedule), at_once)
         assert {**results, "seconds": 0} == {**expected, "seconds": 0}
 
     def test_nothing_left_to_do_changes_nothing(self, run):
@@ -266,10 +267,10 @@ class TestResume:
         """Else results.json would call "real" what was trained on synthetic rows."""
         sample = DATASET._replace(data="sample")
         config = dataclasses.replace(run.config, run_dir=run.run_dir.parent / "sample")
-        execute(run.job._replace(dataset=sample), config)
+        execute("toy", lambda _: run.job._replace(dataset=sample), config)
         real = dataclasses.replace(config, resume=True, epochs=3, data_dir=Path("elsewhere"))
         with pytest.raises(InputError, match="data"):
-            execute(run.job, real)
+            execute("toy", lambda _: run.job, real)
 
     def test_damaged_checkpoints_are_named_and_the_history_is_kept(self, run):
         for file in (run.run_dir / "checkpoints").rglob("*"):
@@ -279,6 +280,13 @@ class TestResume:
         with pytest.raises(InputError, match=r"no whole checkpoint: step 4 differs .* step 2"):
             run.execute(epochs=4, resume=True)
         assert run.history() == before
+
+
+def open_run(experiment, config):
+    """Opens a run directory, begins, and leaves it."""
+    with opened_run(experiment, config) as run_dir:
+        begin_run(run_dir, experiment, config)
+    return run_dir
 
 
 class TestOpenRun:
@@ -297,10 +305,19 @@ class TestOpenRun:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert open_run("toy", CommonConfig(run_dir=Path("~/mine"))) == tmp_path / "mine"
 
-    def test_resume_needs_a_directory_with_a_run(self, tmp_path):
+    def test_resume_of_a_run_that_was_not_begun_begins_it(self, tmp_path, capsys):
+        """As a scheduler does that gives the same command every time."""
         self.refuse("--resume needs --run-dir", resume=True)
-        self.refuse("nothing to resume in .*nowhere", resume=True, run_dir=tmp_path / "nowhere")
-        self.refuse("nothing to resume in", resume=True, run_dir=tmp_path)
+        (tmp_path / "killed").mkdir()
+        for name in (".lock", "running.json", ".config.json.123.partial"):  # while it began
+            (tmp_path / "killed" / name).write_text("")
+        for name in ("nowhere", "killed"):
+            options = CommonConfig(resume=True, run_dir=tmp_path / name)
+            assert open_run("toy", options) == tmp_path / name
+            note = f"Note: there is nothing to resume in {tmp_path / name}; a new run begins.\n"
+            assert capsys.readouterr().out == note
+            assert open_run("toy", options) and capsys.readouterr().out == ""
+            assert sorted(p.name for p in options.run_dir.iterdir()) == ["config.json", "figures"]
 
     def test_a_file_and_a_path_through_a_file(self, tmp_path):
         (tmp_path / "file").write_text("mine")

@@ -22,7 +22,7 @@ def disk_is_full(error: BaseException) -> bool:
 def exit_cleanly() -> Iterator[None]:
     """Turn an InputError, and a full disk, into ``error: …`` on stderr and exit status 2.
 
-    Ctrl-C ends with status 130, and a run that SIGTERM stopped with 143, as shells count signals.
+    Ctrl-C ends with status 130, SIGTERM with 143, as shells count signals.
 
     Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
     Any other exception passes through: it is a bug, and its traceback is wanted.
@@ -37,7 +37,7 @@ def exit_cleanly() -> Iterator[None]:
         raise SystemExit(130) from interrupt
     except StoppedError as stopped:
         print("stopped:", stopped, file=sys.stderr)
-        raise SystemExit(143) from stopped
+        raise SystemExit(128 + stopped.number) from stopped
     except OSError as error:
         if not disk_is_full(error):
             raise
