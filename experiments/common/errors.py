@@ -4,6 +4,7 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from experiments.common.stopping import StoppedError
 
@@ -13,9 +14,25 @@ class InputError(ValueError):
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether that is what an error says; Orbax hands the system's complaint on in words."""
+    """Whether that is what an error says; libraries hand the system's complaint on in words."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """A full disk, which libraries tell in words of their own, as an InputError that names it.
+
+    Whatever was begun has to be cleared away inside.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not disk_is_full(error):
+            raise
+        raise InputError(
+            f"no space is left on the disk for {path}; make some and try again"
+        ) from error
 
 
 @contextlib.contextmanager
