@@ -5,6 +5,7 @@ python -m pytest tests/test_stopping.py -m endurance      (kills a run twenty ti
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,24 +157,47 @@ def arrays_of(folder):
         return manager.restore(manager.latest_step(), args=args).state
 
 
+def steady(tmp_path, run_dir, *more):
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    words = command(tmp_path, run_dir, "--epochs", 300, "--patience", 300, *more)
+    words = [sys.executable, "-c", STEADY, *words[3:]]
+    pipes = PIPES | {"stdout": subprocess.DEVNULL}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+
+
+def rows_of(run_dir):
+    """The lines of metrics.jsonl, each of them whole."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    assert text.endswith("\n") or not text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same_run(whole, other):
+    """The last checkpoint, the history and the results, bit for bit, but for the seconds."""
+    expected, found = arrays_of(whole / "checkpoints"), arrays_of(other / "checkpoints")
+    assert expected.keys() == found.keys() and len(expected) > 5
+    for name, array in expected.items():
+        assert array.tobytes() == found[name].tobytes(), name
+    assert timeless(rows_of(whole)) == timeless(rows_of(other))
+    results = [[json.loads((d / "results.json").read_text())] for d in (whole, other)]
+    assert timeless(results[0]) == timeless(results[1])
+
+
+def timeless(rows):
+    return [{**row, "seconds": 0} for row in rows]
+
+
 @pytest.mark.endurance
 def test_killed_twenty_times_is_the_uninterrupted_run(tmp_path):
     """By SIGKILL at random moments, every second time while a checkpoint is being written."""
     rng = np.random.default_rng(0)
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-    def start(run_dir, *more):
-        words = command(tmp_path, run_dir, "--epochs", 300, "--patience", 300, *more)
-        words = [sys.executable, "-c", STEADY, *words[3:]]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with start(whole) as running:
+    with steady(tmp_path, whole) as running:
         assert running.wait() == 0
     kills = while_saving = 0
     while kills < 20:
-        running = start(killed, *(["--resume"] if killed.exists() else []))
+        running = steady(tmp_path, killed, "--resume")
         if kills:
             path = killed / "metrics.jsonl"
             lines = len(path.read_text().splitlines()) if path.exists() else 0
@@ -189,17 +213,53 @@ def test_killed_twenty_times_is_the_uninterrupted_run(tmp_path):
         running.communicate()
         kills += 1
     assert while_saving >= 8
-    with start(killed, "--resume") as last:
+    with steady(tmp_path, killed, "--resume") as last:
         assert last.wait() == 0, last.stderr.read()
-    expected, found = arrays_of(whole / "checkpoints"), arrays_of(killed / "checkpoints")
-    assert expected.keys() == found.keys() and len(expected) > 5
-    for name, array in expected.items():
-        assert array.tobytes() == found[name].tobytes(), name
-    timeless = [
-        [
-            {**json.loads(line), "seconds": 0}
-            for line in (d / "metrics.jsonl").read_text().splitlines()
-        ]
-        for d in (whole, killed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert_same_run(whole, killed)
+
+
+def newest_whole(folder):
+    """(step, epochs in its history) of the newest step that agrees with its checksums."""
+    for seal in sorted(folder.glob("*.sha256"), key=lambda path: -int(path.stem)):
+        words = ["sha256sum", "--check", "--status", seal.name]
+        if not subprocess.run(words, cwd=folder, stderr=subprocess.DEVNULL).returncode:
+            about = json.loads((folder / seal.stem / "about" / "metadata").read_text())
+            return int(seal.stem), len(about["metadata"]["history"])
+    return 0, 0
+
+
+IN_USE = re.compile(r"error: \S+ is in use by process \d+ on \S+ since [-\d]+T[:\d]+[-+:\d]+;.*\n")
+
+
+@pytest.mark.endurance
+def test_two_at_once_are_killed_again_and_again_and_nothing_is_lost(tmp_path):
+    """Two --resume of one run, started together; ROUNDS=50 in the environment for more of them."""
+    rng, run_dir, whole = np.random.default_rng(1), tmp_path / "run", tmp_path / "whole"
+    with steady(tmp_path, whole) as running:
+        assert running.wait() == 0, running.stderr.read()
+    count = dict.fromkeys(("kills", "refused", "went on", "finished", "saving"), 0)
+    step = 0
+    for _ in range(int(os.environ.get("ROUNDS", 6))):
+        pair = [steady(tmp_path, run_dir, "--resume") for _ in range(2)]
+        first = rng.integers(2)
+        for i in (first, 1 - first):  # the other one may take over
+            time.sleep(rng.uniform(0, 12 if i == first else 6))
+            count["saving"] += bool(list(run_dir.glob("checkpoints/*tmp*")))
+            count["kills"] += pair[i].poll() is None
+            pair[i].kill()
+        for process in pair:
+            _, said = process.communicate()
+            status = process.returncode
+            assert status in (0, 2, -signal.SIGKILL) and "Traceback" not in said, said
+            assert status != 2 or IN_USE.fullmatch(said), said
+            count["refused"] += status == 2
+            count["finished"] += status == 0
+        newest, epochs = newest_whole(run_dir / "checkpoints")
+        assert newest >= step and len(rows_of(run_dir)) >= epochs
+        assert [row["epoch"] for row in rows_of(run_dir)] == [*range(len(rows_of(run_dir)))]
+        count["went on"] += newest > step
+        step = newest
+    print(count, "step", step)
+    with steady(tmp_path, run_dir, "--resume") as last:
+        assert last.wait() == 0, last.stderr.read()
+    assert_same_run(whole, run_dir)
