@@ -12,7 +12,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from deq_fusion_jax.baselines import WeightTied
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import config_to_dict, read_json, versions, write_json, write_text
+from experiments.common.lock import folder_alone
+from experiments.common.stopping import StoppedError, StopRequest
 from experiments.models.variants import REFERENCE, VARIANTS, Variant
 from experiments.reporting import figures
 from experiments.reporting.ablation import DEEP, ablation_table, spreads
@@ -41,15 +43,17 @@ EXPERIMENTS = ("multiomics", "features")
 # --- one variant and seed ----------------------------------------------------------------------
 
 
-def trained(module: Any, base: CommonConfig, variant: Variant, seed: int) -> dict[str, Any]:
+def trained(
+    module: Any, base: CommonConfig, variant: Variant, seed: int, stop: Callable[[], bool]
+) -> dict[str, Any]:
     """Trains a variant, looks at the test rows, and measures; a row of `ablation.json`."""
     config = dataclasses.replace(base, seed=seed, **variant.config)
     job: Job = module.job(config, variant.fusion)
     what, test = (job.task, job.optimiser), job.dataset.test
     assert job.dataset.validation is not None
-    fitted = fit(*what, job.dataset.train, job.dataset.validation, job.schedule, seed)
+    fitted = fit(*what, job.dataset.train, job.dataset.validation, job.schedule, seed, stop=stop)
     if config.refit:
-        fitted = refit(fitted, *what, job.dataset, job.schedule, seed)
+        fitted = refit(fitted, *what, job.dataset, job.schedule, seed, stop=stop)
     result = evaluate(job.task, fitted.best, test)
     assert result.stats is not None
     removed = {}
@@ -123,28 +127,50 @@ def run(options: argparse.Namespace, rest: list[str]) -> str:
     module = experiment(options.experiment)
     base: CommonConfig = module.parse_args(rest)
     require(base.parallel == "none", "parallel", base.parallel, "none, as one device is measured")
-    folder = options.run_dir or Path("runs/ablation") / time.strftime("%Y%m%d-%H%M%S")
+    new = Path("runs/ablation") / time.strftime("%Y%m%d-%H%M%S")
+    with folder_alone(options.run_dir, new) as folder:
+        rows = train_all(options, base, folder)
+        title = f"{options.experiment}: variants of DEQ fusion"
+        table = ablation_table(rows, title, "refit" if base.refit else "validation")
+        write_text(folder / "ablation.md", table)
+        figures.ablation(spreads(rows), REFERENCE.name).savefig(folder / "ablation.png", dpi=150)
+    print(f"Folder: {folder}")
+    return table
+
+
+def train_all(
+    options: argparse.Namespace, base: CommonConfig, folder: Path
+) -> list[dict[str, Any]]:
+    """The rows of ablation.json; trains what is missing, and writes it with every one.
+
+    Raises:
+      StoppedError: Ctrl-C or SIGTERM came.
+    """
+    module = experiment(options.experiment)
     settings = {"experiment": options.experiment, "config": config_to_dict(base)}
     rows = finished(folder / "ablation.json", settings)
     done = {(row["variant"], row["seed"]) for row in rows}
     variants = [REFERENCE, *(v for part in options.parts for v in VARIANTS[part])]
-    with Progress() as progress:
-        bar = progress.add_task("", total=len(variants) * options.seeds)
-        for variant in variants:
-            for seed in range(options.seeds):
-                progress.update(bar, description=f"{variant.name}, seed {seed}")
-                if (variant.name, seed) not in done:
-                    rows.append(trained(module, base, variant, seed))
-                    settings["versions"] = versions()
-                    write_json(folder / "ablation.json", {**settings, "rows": rows})
-                progress.advance(bar)
-            jax.clear_caches()  # the compiled programs of all variants are more than fit
-    title = f"{options.experiment}: variants of DEQ fusion"
-    table = ablation_table(rows, title, "refit" if base.refit else "validation")
-    write_text(folder / "ablation.md", table)
-    figures.ablation(spreads(rows), REFERENCE.name).savefig(folder / "ablation.png", dpi=150)
-    print(f"Folder: {folder}")
-    return table
+    trainings = [(variant, seed) for variant in variants for seed in range(options.seeds)]
+    answer = "after this epoch, and what is trained is saved; once more ends at once"
+    with Progress() as progress, StopRequest(answer) as stop:
+        bar = progress.add_task("", total=len(trainings))
+        stop.begin()
+        for variant, seed in trainings:
+            progress.update(bar, description=f"{variant.name}, seed {seed}")
+            if (variant.name, seed) not in done:
+                try:
+                    rows.append(trained(module, base, variant, seed, stop))
+                except StoppedError as stopped:
+                    saved = f"{len(rows)} of {len(trainings)} trainings are saved"
+                    how = f"the same command with --run-dir {folder}"
+                    raise StoppedError(saved, how, stop.number or stopped.number) from None
+                settings["versions"] = versions()
+                write_json(folder / "ablation.json", {**settings, "rows": rows})
+            progress.advance(bar)
+            if seed == options.seeds - 1:
+                jax.clear_caches()  # the compiled programs of all variants are more than fit
+    return rows
 
 
 def finished(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -24,9 +24,17 @@ from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import read_json, write_json, write_text
+from experiments.common.lock import folder_alone
+from experiments.common.stopping import StoppedError
 from experiments.reporting.comparison import comparison_table
 from experiments.run import EXPERIMENTS, experiment
-from experiments.training.config import CommonConfig, check_same_run, require, saved_config
+from experiments.training.config import (
+    CommonConfig,
+    build_fusion,
+    check_same_run,
+    require,
+    saved_config,
+)
 from experiments.training.metrics import Results, compare_floors, compare_rows
 
 
@@ -63,27 +71,41 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
     base: CommonConfig = chosen.parse_args(rest)
     alone = base.parallel != "processes"
     require(alone, "parallel", base.parallel, "none or devices; give processes to single runs")
-    choices = {*FUSIONS, *chosen.modalities(base)}
+    modalities = chosen.modalities(base)
+    choices = {*FUSIONS, *modalities}
     if unknown := [name for name in options.fusions if name not in choices]:
         raise InputError(f"--fusions {' '.join(unknown)}: choose from {', '.join(sorted(choices))}")
-    folder = options.run_dir or Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
-    rows = []
+    for fusion in options.fusions:
+        build_fusion(dataclasses.replace(base, fusion=fusion), modalities)
+    new = Path("runs/compare") / time.strftime("%Y%m%d-%H%M%S")
+    with folder_alone(options.run_dir, new) as folder:
+        rows = run_all(options, base, folder)
+        groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
+        write_json(folder / "compare.json", {"rows": rows, **groups})
+        write_text(folder / "compare.md", comparison_table(rows))
+    print(f"Folder: {folder}")
+    return rows
+
+
+def run_all(options: argparse.Namespace, base: CommonConfig, folder: Path) -> list[Results]:
+    """The rows of the runs in the folder; runs what is missing.
+
+    Raises:
+      StoppedError: a run was stopped; it says how to go on with all of them.
+    """
+    chosen, rows = experiment(options.experiment), []
     for fusion in options.fusions:
         for seed in range(options.seeds):
             run_dir = folder / f"{fusion}-seed{seed}"
-            config = dataclasses.replace(
-                base,
-                fusion=fusion,
-                seed=seed,
-                run_dir=run_dir,
-                resume=(run_dir / "config.json").exists(),
-            )
-            rows.append(finished(options.experiment, config, run_dir) or chosen.run(config))
+            there = (run_dir / "config.json").exists()
+            changes = {"fusion": fusion, "seed": seed, "run_dir": run_dir, "resume": there}
+            config = dataclasses.replace(base, **changes)
+            try:
+                rows.append(finished(options.experiment, config, run_dir) or chosen.run(config))
+            except StoppedError as stopped:
+                how = f"the same command with --run-dir {folder}"
+                raise StoppedError(f"{run_dir}: {stopped.saved}", how, stopped.number) from None
         jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
-    groups = {"fusions": compare_rows(rows), "floors": compare_floors(rows)}
-    write_json(folder / "compare.json", {"rows": rows, **groups})
-    write_text(folder / "compare.md", comparison_table(rows))
-    print(f"Folder: {folder}")
     return rows
 
 

@@ -189,6 +189,7 @@ def load(config: Config) -> tuple[Kind, Dataset, Callable[[dict], dict]]:
     table = read(config.data)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
+    build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data
     dataset, standardised = prepare(table, config.seed)
     for line in what_was_found(table, dataset):
         print(line)
@@ -227,7 +228,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
 
 def run(config: Config) -> Results:
     """The whole job: data, training, one look at the test rows, report."""
-    return execute(job(config), config)
+    return execute("features", job, config)
 
 
 @exit_cleanly()

@@ -165,8 +165,8 @@ def optimiser(config: Config) -> optax.GradientTransformation:
 
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
+    fusion = build_fusion(config, modalities(config))
     dataset, encoders = read(config)
-    fusion = build_fusion(config, tuple(encoders))
     task = Task(
         MMIMDBModel(FrozenDict(encoders), fusion, len(dataset.classes)),
         loss,
@@ -185,7 +185,7 @@ def job(config: Config) -> Job:
 
 def run(config: Config) -> Results:
     """The whole job: data, training, one look at the test rows, report."""
-    return execute(job(config), config)
+    return execute("mmimdb", job, config)
 
 
 @exit_cleanly()

@@ -139,9 +139,9 @@ def corrupted(split: Split, shares: tuple[float, float, float], seed: int) -> Sp
 
 def utterances(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
     """Classes: the data, what is to be learned from them, and what a fusion has to beat."""
+    fusion = build_fusion(config, modalities(config))
     train, test = mosi.load(config.data_dir, config.cache_dir, config.download)
     dataset = prepare(train, test, config)
-    fusion = build_fusion(config, modalities(config))
     task = Task(
         UtterancesModel(fusion, config.corruption, config.features, config.hidden, config.dropout),
         cross_entropy,
@@ -234,7 +234,7 @@ def job(config: Config) -> Job:
 
 def run(config: Config) -> Results:
     """The whole job: data, training, one look at the test rows, report."""
-    return execute(job(config), config)
+    return execute("mosi", job, config)
 
 
 @exit_cleanly()

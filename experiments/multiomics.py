@@ -199,11 +199,11 @@ def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransf
 
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
+    fusion = change(build_fusion(config, modalities(config)))
     source = read(config)
     if config.split == "random":
         source = redraw(source, config.seed)
     dataset = prepare(source, config)
-    fusion = change(build_fusion(config, modalities(config)))
     classes = len(dataset.classes)
     task = Task(
         OmicsModel(
@@ -240,7 +240,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
 
 def run(config: Config) -> Results:
     """The whole job: data, training, one look at the test rows, report."""
-    return execute(job(config), config)
+    return execute("multiomics", job, config)
 
 
 @exit_cleanly()

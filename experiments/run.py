@@ -3,6 +3,7 @@
 ```
 runs/mmimdb/20260102-030405-deq-seed0/
   config.json     experiment, configuration, versions
+  running.json    while it runs: host, process, start and command; see `experiments.common.lock`
   metrics.jsonl   one line an evaluation
   results.json    the outcome
   report.md       the same to read, with figures/*.png; report.html: all in one file
@@ -10,6 +11,9 @@ runs/mmimdb/20260102-030405-deq-seed0/
   refit.jsonl     the same two of a second training on the validation rows too, with --refit
   refit/
 ```
+
+Nothing in it is thrown away: a file that a training begun anew would overwrite is renamed, to
+metrics.1.jsonl or results.1.json.
 """
 
 import contextlib
@@ -19,22 +23,29 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import optax
 
 from deq_fusion_jax import DEQFusion
-from experiments.common.files import config_to_dict, plain, write_json, write_text
+from experiments.common.files import (
+    append_text,
+    config_to_dict,
+    plain,
+    set_aside,
+    write_json,
+    write_text,
+)
 from experiments.common.page import page
-from experiments.common.stopping import Sigterm, StoppedError
+from experiments.common.stopping import StoppedError, StopRequest
 from experiments.datasets import Dataset
 from experiments.reporting import figures
 from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import CommonConfig, command_line, open_run
-from experiments.training.devices import is_first, log, mesh_of, shard_model
+from experiments.training.config import CommonConfig, begin_run, command_line, opened_run
+from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
 from experiments.training.metrics import Metrics, Results, per_class_f1
 from experiments.training.progress import Bar
 from experiments.training.schedule import Schedule
@@ -43,8 +54,10 @@ from experiments.training.train import Fitted, fit, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
+OUTCOME = ("results.json", "report.md", "report.html")
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
+Config = TypeVar("Config", bound=CommonConfig)
 
 
 def experiment(name: str) -> Any:
@@ -74,23 +87,30 @@ class Job(NamedTuple):
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
-def execute(job: Job, config: CommonConfig) -> Results:
-    """Trains, evaluates the best epoch once on the test split, and writes the run directory."""
+def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) -> Results:
+    """Opens the run directory, makes the job, trains, evaluates the best epoch once on the test
+    split, and writes the report.
+
+    Nobody waits for data that are read for a run that is refused, and of one that never began
+    nothing is left.
+    """
     started = time.monotonic()
-    with mesh_of(config.parallel):
-        run_dir = open_run(job.experiment, config)
-        if config.warm_start:
-            task = with_warm_starts(job.task, job.dataset.train.inputs, free_bytes())
-            job = job._replace(task=task)
-        for note in job.notes:
-            log(note)
-        log(f"{job.experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
-        outcome = learn(job, config, run_dir)
-    results = results_of(job, config, outcome)
-    if is_first():
-        write_run(run_dir, job, config, outcome, results)
-        print_results(results, run_dir)
-        print(f"Done in {time.monotonic() - started:.0f} s.")
+    with joined(config.parallel), opened_run(experiment, config) as run_dir:
+        job = job_of(config)
+        by_the_first(lambda: begin_run(run_dir, experiment, config))
+        with mesh_of(config.parallel):
+            if config.warm_start:
+                task = with_warm_starts(job.task, job.dataset.train.inputs, free_bytes())
+                job = job._replace(task=task)
+            for note in job.notes:
+                log(note)
+            log(f"{experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
+            outcome = learn(job, config, run_dir)
+        results = results_of(job, config, outcome)
+        if is_first():
+            write_run(run_dir, job, config, outcome, results)
+            print_results(results, run_dir)
+            print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
 
 
@@ -171,45 +191,71 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     data, validation = job.dataset.stream or job.dataset.train, job.dataset.validation
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
-    saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
-    with Bar(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
-        report = _recorder(run_dir / "metrics.jsonl", show)
-        how = task, optimiser, data, validation, schedule, seed, saved, report
-        watched = None if config.refit else test
-        fitted = fit(*how, test=watched, stop=stop, progress=show.part)
-    log(f"Training ended: {fitted.ending}.")
-    if not config.refit:
-        return fitted, fitted
-    log(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
-    saved = Checkpoints(run_dir / "refit", every=SAVE_SECONDS)
-    with Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
-        report = _recorder(run_dir / "refit.jsonl", show)
-        what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
-        final = refit(*what, test=test, stop=stop)
-    return fitted, final
+    with stopping(job, run_dir) as stop:
+        saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
+        with Bar(schedule.epochs, task.monitor) as show:
+            report = _recorder(run_dir / "metrics.jsonl", show, stop.begin)
+            how = task, optimiser, data, validation, schedule, seed, saved, report
+            watched = None if config.refit else test
+            fitted = fit(*how, test=watched, stop=stop, progress=show.part)
+        log(f"Training ended: {fitted.ending}.")
+        if not config.refit:
+            return fitted, fitted
+        log(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
+        saved = checkpoints(run_dir, "refit", "refit.jsonl")
+        with Bar(fitted.history[-1]["epoch"]) as show:
+            report = _recorder(run_dir / "refit.jsonl", show, stop.begin)
+            what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
+            return fitted, refit(*what, test=test, stop=stop)
+
+
+def checkpoints(run_dir: Path, folder: str, *written: str) -> Checkpoints:
+    """Those of a training; where there are none, the files it has written before are kept aside."""
+    found = Checkpoints(run_dir / folder, every=SAVE_SECONDS)
+    before = [path for name in written if (path := run_dir / name).exists()]
+    if before and is_first() and not found.steps():
+        kept = ", ".join(f"{path.name} as {set_aside(path).name}" for path in before)
+        log(f"Note: {found} holds no checkpoint, so training begins at epoch 0; kept: {kept}.")
+    return found
 
 
 @contextlib.contextmanager
-def stopping(run_dir: Path) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came; says how to go on with a run that it stopped."""
-    with Sigterm() as came:
+def stopping(job: Job, run_dir: Path) -> Iterator[StopRequest]:
+    """Whether Ctrl-C or SIGTERM came; says how to go on with a run that it stopped."""
+    every = job.schedule.evaluate_every
+    epochs = "this epoch" if every == 1 else f"at most {every} epochs"
+    when = "this step" if job.dataset.stream else epochs
+    answer = f"saving after {when}; once more ends at once, without saving"
+    with StopRequest(answer) as asked:
         try:
-            yield came
+            yield asked
         except StoppedError as stopped:
-            how = f"the same command with --resume --run-dir {run_dir} goes on"
-            raise StoppedError(f"SIGTERM came; {stopped}, and {how}") from None
+            how = f"the same command with --resume --run-dir {run_dir}"
+            number = asked.number or stopped.number
+            raise StoppedError(stopped.saved, how, number) from None
 
 
-def _recorder(path: Path, show: Bar) -> Callable[..., None]:
-    """What writes a row of the history to a file and shows it."""
-    mode = "w"  # a resumed run hands its old rows over again
+def _recorder(path: Path, show: Bar, begin: Callable[[], None]) -> Callable[..., None]:
+    """What writes a row of the history to a file and shows it; before the first one it calls begin.
+
+    A resumed run hands its old rows over again. They stand in the file already; what follows them
+    there is of epochs that are trained again.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if is_first() and path.exists() else []
+    old, same = iter(lines), ""
 
     def report(row: dict[str, Any]) -> None:
-        nonlocal mode
+        nonlocal old, same
+        begin()
         if is_first():
-            with path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(plain(row)) + "\n")
-        mode = "a"
+            line, before = json.dumps(plain(row)) + "\n", next(old, None)
+            if before == line.encode():
+                same += line
+            elif before is None:
+                append_text(path, line)
+            else:
+                write_text(path, same + line)
+                old = iter(())
         show(row)
 
     return report

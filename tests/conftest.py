@@ -1,6 +1,7 @@
 """Fixtures shared by the tests of the library."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,18 @@ def refused_alone():
         return done.stderr
 
     return check
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB, where the system lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: it takes root on Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 class Golden:

@@ -1,8 +1,12 @@
 """``python -m experiments.compare``: the table, what is reused, what is refused."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 
 from experiments import compare, mmimdb
 from experiments.common.errors import InputError
+from experiments.common.lock import folder_alone
 from experiments.datasets.mmimdb_sample import sample_file
 
 FUSIONS, SEEDS = ("sum", "text"), (0, 1)
@@ -134,6 +139,38 @@ class TestReuse:
         refuses("results.json", *done.args(folder=copied))
 
 
+class TestAtOnce:
+    def test_the_second_comparison_in_a_folder_is_refused(self, done, copied, refuses):
+        with folder_alone(copied, copied):
+            refuses(f"{copied} is in use by process", *done.args(folder=copied))
+
+    def test_a_run_that_another_process_trains_is_left_to_it(self, done, copied, refuses):
+        (copied / "sum-seed0" / "results.json").unlink()
+        with folder_alone(copied / "sum-seed0", copied):
+            refuses("sum-seed0 is in use by process", *done.args(folder=copied))
+
+    def test_a_stopped_run_says_how_to_go_on_with_the_comparison(self, done, main, tmp_path):
+        """SIGTERM, here Python's own, comes with the first row of the first run."""
+        folder = tmp_path / "long"
+        args = done.args("--epochs", "4000", "--patience", "4000", folder=folder)
+
+        def send():
+            while not (folder / "sum-seed0" / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        status, _, err = main(*args)
+        sender.join()
+        answer, end = err.splitlines()[-2:]
+        assert status == 143 and answer.startswith("stopping: saving after this epoch")
+        assert end.startswith(f"stopped: {folder / 'sum-seed0'}: epoch ")
+        assert end.endswith(f" is saved; the same command with --run-dir {folder} goes on")
+        assert list((folder / "sum-seed0" / "checkpoints").glob("*.sha256"))
+        assert not (folder / "text-seed0").exists() and not (folder / "compare.json").exists()
+
+
 class TestBadUsage:
     def test_unknown_experiment_on_one_line(self, refused_alone):
         line = refused_alone("experiments.compare", "nonsense", "--fusions", "deq")
@@ -153,6 +190,12 @@ class TestBadUsage:
     def test_fusions_are_looked_at_before_anything_is_trained(self, done, refuses, tmp_path):
         refuses("nonsense", *done.args(fusions=["sum", "nonsense"], seeds=1, folder=tmp_path / "r"))
         assert not list(tmp_path.glob("r/*/results.json"))
+
+    def test_so_are_the_options_of_every_fusion(self, done, refuses, tmp_path):
+        options = ("--features", "18")
+        args = done.args(*options, fusions=["sum", "deq"], seeds=1, folder=tmp_path / "r")
+        refuses("--features 18: --fusion deq needs a multiple of 4", *args)
+        assert not (tmp_path / "r").exists()
 
     def test_a_fusion_named_twice(self, done, refuses, copied):
         refuses("sum", *done.args(fusions=["sum", "sum"], folder=copied))

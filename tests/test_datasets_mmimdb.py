@@ -417,3 +417,19 @@ class TestPrecomputed:
         np.save(tmp_path / "one.npy", np.ones(3))
         with pytest.raises(InputError, match="cannot be read"):
             read_features(tmp_path / "one.npy")
+
+
+class TestFullDisk:
+    """2 MB do not hold 200 rows: one line that names the folder, and nothing left of them."""
+
+    def test_for_the_sample(self, small_disk):
+        with pytest.raises(InputError, match=f"no space is left on the disk for {small_disk}"):
+            sample.sample_file(small_disk, train=180, validation=10, test=10)
+        assert not list(small_disk.iterdir())
+        assert sample.sample_file(small_disk, train=10, validation=1, test=1).exists()
+
+    def test_for_prepared_data(self, small_disk, tmp_path):
+        file = sample.sample_file(tmp_path, train=180, validation=10, test=10)
+        with pytest.raises(InputError, match=f"no space is left on the disk for {small_disk}"):
+            mmimdb.load(file, small_disk)
+        assert not [path for path in small_disk.rglob("*") if path.parent != small_disk]

@@ -283,7 +283,8 @@ def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command)
         pair.processes[1].send_signal(signal.SIGTERM)  # the other one hears of it
         ended = [process.communicate(timeout=60) for process in pair.processes]
     assert [process.returncode for process in pair.processes] == [143, 143]
-    assert all("stopped: SIGTERM came; epoch " in err for _, err in ended)
+    assert all("stopped: epoch " in err for _, err in ended)
+    assert "stopping: " in ended[1][1] and "stopping: " not in ended[0][1]
     assert "epoch" in ended[0][0] and "epoch" not in ended[1][0]  # one of them speaks
     stopped = len(history(metrics))
 

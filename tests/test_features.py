@@ -12,7 +12,13 @@ from experiments import features
 from experiments.datasets import Split
 from experiments.datasets.features import read
 from experiments.datasets.preprocess import standardise
-from experiments.training.config import check_same_run, command_line, open_run, saved_config
+from experiments.training.config import (
+    begin_run,
+    check_same_run,
+    command_line,
+    opened_run,
+    saved_config,
+)
 
 N = 240
 
@@ -133,7 +139,8 @@ def test_only_a_run_on_the_same_data_is_resumed(main, tmp_path):
     words = ["data.npz", "--run-dir", "run"]
     np.savez(tmp_path / "data.npz", a=X, labels=CLASSES)
     config = features.parse_args(words)
-    run_dir = open_run("features", config)
+    with opened_run("features", config) as run_dir:
+        begin_run(run_dir, "features", config)
     again = features.parse_args([*words, "--resume"])
     check_same_run(run_dir, saved_config(run_dir), "features", again)
     np.savez(tmp_path / "data.npz", a=X + 1, labels=CLASSES)

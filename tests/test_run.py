@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,19 @@ import optax
 import pytest
 from PIL import Image
 
-from experiments import mmimdb, multiomics
+from experiments import features, mmimdb, mosi, multiomics
 from experiments.common.cli import parse
 from experiments.common.errors import InputError
+from experiments.common.lock import folder_alone
 from experiments.datasets import Dataset, Split
 from experiments.run import Job, execute
 from experiments.training.config import (
     CommonConfig,
     PublishedConfig,
+    begin_run,
     build_fusion,
     command_line,
-    open_run,
+    opened_run,
 )
 from experiments.training.metrics import Results, multiclass_metrics
 from experiments.training.schedule import Schedule
@@ -89,7 +92,7 @@ class Run:
     def execute(self, **changes):
         config = dataclasses.replace(self.config, **changes)
         schedule = self.job.schedule._replace(epochs=config.epochs)
-        return execute(self.job._replace(schedule=schedule), config)
+        return execute("toy", lambda _: self.job._replace(schedule=schedule), config)
 
     def json(self, name):
         return json.loads((self.run_dir / name).read_text(encoding="utf-8"))
@@ -232,7 +235,7 @@ class TestResume:
         assert run.json("config.json")["config"]["epochs"] == 4
         at_once = dataclasses.replace(run.config, run_dir=tmp_path / "at-once", epochs=4)
         schedule = run.job.schedule._replace(epochs=4)
-        expected = execute(run.job._replace(schedule=schedule), at_once)
+        expected = execute("toy", lambda _: run.job._replace(schedule=schedule), at_once)
         assert {**results, "seconds": 0} == {**expected, "seconds": 0}
 
     def test_nothing_left_to_do_changes_nothing(self, run):
@@ -266,19 +269,101 @@ class TestResume:
         """Else results.json would call "real" what was trained on synthetic rows."""
         sample = DATASET._replace(data="sample")
         config = dataclasses.replace(run.config, run_dir=run.run_dir.parent / "sample")
-        execute(run.job._replace(dataset=sample), config)
+        execute("toy", lambda _: run.job._replace(dataset=sample), config)
         real = dataclasses.replace(config, resume=True, epochs=3, data_dir=Path("elsewhere"))
         with pytest.raises(InputError, match="data"):
-            execute(run.job, real)
+            execute("toy", lambda _: run.job, real)
 
-    def test_damaged_checkpoints_are_named_and_the_history_is_kept(self, run):
+    def test_damaged_checkpoints_are_named_and_what_there_is_is_kept(self, run):
         for file in (run.run_dir / "checkpoints").rglob("*"):
             if file.is_file():
                 file.write_bytes(b"")
-        before = run.history()
+        before, results = run.history(), run.json("results.json")
         with pytest.raises(InputError, match=r"no whole checkpoint: step 4 differs .* step 2"):
             run.execute(epochs=4, resume=True)
         assert run.history() == before
+        assert run.json("results.1.json") == results  # of the shorter training, so not results.json
+        assert not (run.run_dir / "results.json").exists()
+
+    def test_without_a_checkpoint_it_begins_anew_and_keeps_what_there_was(self, run, capsys):
+        shutil.rmtree(run.run_dir / "checkpoints")
+        names = ("metrics.jsonl", "results.json", "report.md", "report.html")
+        before = {name: (run.run_dir / name).read_bytes() for name in names}
+        (run.run_dir / "metrics.1.jsonl").write_text("of once before")
+        capsys.readouterr()
+        assert {**run.execute(resume=True), "seconds": 0} == {**run.results, "seconds": 0}
+        out = capsys.readouterr().out
+        assert "checkpoints holds no checkpoint, so training begins at epoch 0; kept: " in out
+        for name, content in before.items():
+            stem, suffix = name.split(".")
+            kept = f"{stem}.{2 if stem == 'metrics' else 1}.{suffix}"
+            assert (run.run_dir / kept).read_bytes() == content and f"{name} as {kept}" in out
+        assert (run.run_dir / "metrics.1.jsonl").read_text() == "of once before"
+        assert [row["epoch"] for row in run.history()] == [0, 1, 2]
+
+    def test_the_history_is_never_shorter_than_that_of_the_checkpoint(self, run, monkeypatch):
+        """A crash while a resumed run hands its old rows over finds every one in the file."""
+        path = run.run_dir / "metrics.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole + b'{"epoch": 3, "loss": 0.2')  # killed within a write
+        lengths = []
+
+        def fit_and_look(*args, **options):
+            *how, report = args
+
+            def looking(row):
+                report(row)
+                lengths.append(len(path.read_bytes().splitlines()))
+
+            return fit(*how, looking, **options)
+
+        monkeypatch.setattr("experiments.run.fit", fit_and_look)
+        run.execute(epochs=4, resume=True)
+        assert lengths == [4, 4, 4, 4, 5]
+        assert path.read_bytes().startswith(whole)
+        assert [row["epoch"] for row in run.history()] == [0, 1, 2, 3, 4]
+
+
+class TestInUse:
+    def test_a_second_run_is_refused_before_it_reads_data(self, run):
+        def read(config):
+            pytest.fail("it reads the data")
+
+        before = {p: p.read_bytes() for p in run.run_dir.rglob("*") if p.is_file()}
+        with folder_alone(run.run_dir, run.run_dir):
+            for resume in (True, False):
+                config = dataclasses.replace(run.config, resume=resume)
+                who = f"in use by process {os.getpid()} on {socket.gethostname()} since "
+                with pytest.raises(InputError, match=who):
+                    execute("toy", read, config)
+        assert {p: p.read_bytes() for p in run.run_dir.rglob("*") if p.is_file()} == before
+
+    def test_a_run_has_it_while_it_trains_and_not_after(self, run, monkeypatch):
+        seen = []
+
+        def fit_and_look(*args, **options):
+            seen.append(run.json("running.json")["process"])
+            return fit(*args, **options)
+
+        monkeypatch.setattr("experiments.run.fit", fit_and_look)
+        run.execute(resume=True)
+        assert seen == [os.getpid()]
+        assert not [name for name in (".lock", "running.json") if (run.run_dir / name).exists()]
+
+    def test_data_that_cannot_be_read_leave_no_directory(self, tmp_path):
+        def read(config):
+            raise InputError("no such data")
+
+        with pytest.raises(InputError, match="no such data"):
+            execute("toy", read, CommonConfig(run_dir=tmp_path / "new" / "run"))
+        assert not (tmp_path / "new").exists()
+
+
+def open_run(experiment, config):
+    """Opens a run directory, begins, and leaves it."""
+    with opened_run(experiment, config) as run_dir:
+        begin_run(run_dir, experiment, config)
+    return run_dir
 
 
 class TestOpenRun:
@@ -297,10 +382,19 @@ class TestOpenRun:
         monkeypatch.setenv("HOME", str(tmp_path))
         assert open_run("toy", CommonConfig(run_dir=Path("~/mine"))) == tmp_path / "mine"
 
-    def test_resume_needs_a_directory_with_a_run(self, tmp_path):
+    def test_resume_of_a_run_that_was_not_begun_begins_it(self, tmp_path, capsys):
+        """As a scheduler does that gives the same command every time."""
         self.refuse("--resume needs --run-dir", resume=True)
-        self.refuse("nothing to resume in .*nowhere", resume=True, run_dir=tmp_path / "nowhere")
-        self.refuse("nothing to resume in", resume=True, run_dir=tmp_path)
+        (tmp_path / "killed").mkdir()
+        for name in (".lock", "running.json", ".config.json.123.partial"):  # while it began
+            (tmp_path / "killed" / name).write_text("")
+        for name in ("nowhere", "killed"):
+            options = CommonConfig(resume=True, run_dir=tmp_path / name)
+            assert open_run("toy", options) == tmp_path / name
+            note = f"Note: there is nothing to resume in {tmp_path / name}; a new run begins.\n"
+            assert capsys.readouterr().out == note
+            assert open_run("toy", options) and capsys.readouterr().out == ""
+            assert sorted(p.name for p in options.run_dir.iterdir()) == ["config.json", "figures"]
 
     def test_a_file_and_a_path_through_a_file(self, tmp_path):
         (tmp_path / "file").write_text("mine")
@@ -413,6 +507,40 @@ def command(*args, **environment):
         encoding="utf-8",
         timeout=300,
     )
+
+
+class TestRefusedFirst:
+    """Before the data are read, so nobody waits for them; and nothing is printed or left."""
+
+    @pytest.mark.parametrize(
+        ("main", "more"),
+        [
+            (mmimdb.main, ["--data-dir", "nowhere"]),
+            (multiomics.main, ["--data-dir", "nowhere"]),
+            (mosi.main, ["--data-dir", "nowhere"]),
+            (mosi.main, ["--data-dir", "nowhere", "--form", "aligned"]),
+            (features.main, ["data.npz"]),
+        ],
+    )
+    def test_options_of_the_fusion(self, main, more, tmp_path, monkeypatch, run_command):
+        monkeypatch.chdir(tmp_path)
+        train = DATASET.train
+        np.savez("data.npz", **train.inputs, labels=train.labels)
+        for words, message in [
+            (["--fusion", "nonsense"], "--fusion nonsense: no fusion is called"),
+            (["--features", "18"], "--features 18: --fusion deq needs a multiple of 4"),
+            (["--warm-start", "--fusion", "sum"], "--warm-start: --fusion sum solves nothing"),
+        ]:
+            status, out, err = run_command(main, *more, *words, "--run-dir", "run")
+            assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+        assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+    def test_the_run_directory(self, tmp_path, run_command):
+        (tmp_path / "photo").write_text("mine")
+        words = ["--data-dir", tmp_path / "nowhere", "--run-dir", tmp_path]
+        status, out, err = run_command(mmimdb.main, *words)
+        assert (status, out) == (2, "") and "is not empty and holds no run" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["photo"]
 
 
 class TestCommandLine:

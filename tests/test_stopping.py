@@ -1,10 +1,11 @@
-"""SIGTERM and SIGKILL: nothing is lost, and the message says how to go on.
+"""Ctrl-C, SIGTERM and SIGKILL: nothing is lost, and the message says how to go on.
 
 python -m pytest tests/test_stopping.py -m endurance      (kills a run twenty times)
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,26 +17,62 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments.common.errors import exit_cleanly
-from experiments.common.stopping import Sigterm, StoppedError
+from experiments.common.stopping import StoppedError, StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def test_the_signal_is_noted_inside_only():
-    before = signal.getsignal(signal.SIGTERM)
-    with Sigterm() as came:
-        assert not came()
-        signal.raise_signal(signal.SIGTERM)
-        assert came()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one kills
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_answered_once_there_is_something_to_save(number, capsys):
+    before = signal.getsignal(number)
+    with StopRequest("saving after this epoch") as asked:
+        assert signal.getsignal(number) == before
+        asked.begin()
+        asked.begin()  # a resumed run has many rows
+        assert not asked()
+        signal.raise_signal(number)
+        assert asked() and asked.number == number
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err == "stopping: saving after this epoch\n"
 
 
-def test_a_stopped_run_ends_with_one_line(capsys):
+# One call that hears of no Python handler for minutes, as a compiled epoch.
+ONE_LONG_CALL = """
+import hashlib
+from experiments.common.stopping import StopRequest
+
+with StopRequest("saving after this epoch") as asked:
+    asked.begin()
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def interruptible():
+    """A child of a background job would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_within_a_long_call_the_answer_comes_at_once_and_a_second_signal_kills(number, status):
+    words = [sys.executable, "-c", ONE_LONG_CALL]
+    with subprocess.Popen(words, cwd=ROOT, preexec_fn=interruptible, **PIPES) as running:
+        assert running.stdout.readline() == "begun\n"
+        running.send_signal(number)
+        assert running.stderr.readline() == "stopping: saving after this epoch\n"
+        assert running.poll() is None
+        running.send_signal(number)
+        assert running.wait(timeout=60) == status and running.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_ends_with_one_line(number, status, capsys):
     with pytest.raises(SystemExit) as stop, exit_cleanly():
-        raise StoppedError("epoch 3 is saved")
-    assert stop.value.code == 143
-    assert capsys.readouterr().err == "stopped: epoch 3 is saved\n"
+        raise StoppedError("epoch 3 is saved", "the same command with --resume", number)
+    assert stop.value.code == status
+    line = "stopped: epoch 3 is saved; the same command with --resume goes on\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_full_disk_is_one_line(capsys):
@@ -55,6 +92,14 @@ def command(tmp_path, run_dir, *more):
     return [sys.executable, *map(str, [*words, "--epochs", 4000, *more])]
 
 
+def wait_for_rows(path, count, process, seconds=120):
+    """Until a file has so many lines."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
 def wait_for(path, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -62,21 +107,37 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.1)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize(
+    "signals",
+    [
+        {signal.SIGINT: 130},
+        pytest.param({signal.SIGINT: 130, signal.SIGTERM: 143}, marks=pytest.mark.slow),
+    ],
+    ids=["once", "twice"],
+)
+def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(signals, tmp_path):
+    run_dir, saved = tmp_path / "run", 0
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = command(tmp_path, run_dir, "--patience", 4000)  # or it may be over before
-    running = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
-    wait_for(run_dir / "metrics.jsonl", running)
-    time.sleep(1)
-    running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=120)
-    assert running.returncode == 143 and err.startswith("stopped: SIGTERM came; epoch ")
-    assert err.count("\n") == 1 and f"--resume --run-dir {run_dir} goes on" in err
-    epoch = int(err.split("epoch ")[1].split()[0])
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == epoch + 1 and any((run_dir / "checkpoints").glob("*.sha256"))
+    for number, status in signals.items():
+        more = ["--patience", 4000, "--resume"]  # or it may be over before
+        words = command(tmp_path, run_dir, *more)
+        start = {"cwd": ROOT, "env": environment, "preexec_fn": interruptible}
+        with subprocess.Popen(words, **start, **PIPES) as running:
+            wait_for_rows(run_dir / "metrics.jsonl", saved + 2, running)
+            running.send_signal(number)
+            _, err = running.communicate(timeout=120)
+        answer, end = err.splitlines()
+        assert running.returncode == status
+        assert answer.startswith("stopping: saving after this epoch; once more ends at once")
+        epoch = int(end.removeprefix("stopped: epoch ").split()[0])
+        assert end.endswith(f"; the same command with --resume --run-dir {run_dir} goes on")
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [*range(epoch + 1)]
+        assert epoch > saved and any((run_dir / "checkpoints").glob("*.sha256"))
+        saved = epoch
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", "figures",
+    }  # fmt: skip
 
 
 STEADY = """
@@ -96,26 +157,51 @@ def arrays_of(folder):
         return manager.restore(manager.latest_step(), args=args).state
 
 
+def steady(tmp_path, run_dir, *more):
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    words = command(tmp_path, run_dir, "--epochs", 300, "--patience", 300, *more)
+    words = [sys.executable, "-c", STEADY, *words[3:]]
+    pipes = PIPES | {"stdout": subprocess.DEVNULL}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+
+
+def rows_of(run_dir):
+    """The lines of metrics.jsonl, each of them whole."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    assert text.endswith("\n") or not text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same_run(whole, other):
+    """The last checkpoint, the history and the results, bit for bit, but for the seconds."""
+    expected, found = arrays_of(whole / "checkpoints"), arrays_of(other / "checkpoints")
+    assert expected.keys() == found.keys() and len(expected) > 5
+    for name, array in expected.items():
+        assert array.tobytes() == found[name].tobytes(), name
+    assert timeless(rows_of(whole)) == timeless(rows_of(other))
+    results = [[json.loads((d / "results.json").read_text())] for d in (whole, other)]
+    assert timeless(results[0]) == timeless(results[1])
+
+
+def timeless(rows):
+    return [{**row, "seconds": 0} for row in rows]
+
+
 @pytest.mark.endurance
 def test_killed_twenty_times_is_the_uninterrupted_run(tmp_path):
     """By SIGKILL at random moments, every second time while a checkpoint is being written."""
     rng = np.random.default_rng(0)
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-    def start(run_dir, *more):
-        words = command(tmp_path, run_dir, "--epochs", 300, "--patience", 300, *more)
-        words = [sys.executable, "-c", STEADY, *words[3:]]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    with start(whole) as running:
+    with steady(tmp_path, whole) as running:
         assert running.wait() == 0
     kills = while_saving = 0
     while kills < 20:
-        running = start(killed, *(["--resume"] if killed.exists() else []))
+        running = steady(tmp_path, killed, "--resume")
         if kills:
-            wait_for_progress(killed, running)
+            path = killed / "metrics.jsonl"
+            lines = len(path.read_text().splitlines()) if path.exists() else 0
+            wait_for_rows(path, lines + 1, running)  # it has trained an epoch more
         time.sleep(rng.uniform(0, 1.0 if kills else 8.0))
         if kills % 2:
             wait_for(killed / "checkpoints", running)
@@ -127,27 +213,53 @@ def test_killed_twenty_times_is_the_uninterrupted_run(tmp_path):
         running.communicate()
         kills += 1
     assert while_saving >= 8
-    with start(killed, "--resume") as last:
+    with steady(tmp_path, killed, "--resume") as last:
         assert last.wait() == 0, last.stderr.read()
-    expected, found = arrays_of(whole / "checkpoints"), arrays_of(killed / "checkpoints")
-    assert expected.keys() == found.keys() and len(expected) > 5
-    for name, array in expected.items():
-        assert array.tobytes() == found[name].tobytes(), name
-    timeless = [
-        [
-            {**json.loads(line), "seconds": 0}
-            for line in (d / "metrics.jsonl").read_text().splitlines()
-        ]
-        for d in (whole, killed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert_same_run(whole, killed)
 
 
-def wait_for_progress(run_dir, process):
-    """Until a resumed run has trained an epoch more."""
-    path = run_dir / "metrics.jsonl"
-    lines = len(path.read_text().splitlines()) if path.exists() else 0
-    deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) <= lines:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+def newest_whole(folder):
+    """(step, epochs in its history) of the newest step that agrees with its checksums."""
+    for seal in sorted(folder.glob("*.sha256"), key=lambda path: -int(path.stem)):
+        words = ["sha256sum", "--check", "--status", seal.name]
+        if not subprocess.run(words, cwd=folder, stderr=subprocess.DEVNULL).returncode:
+            about = json.loads((folder / seal.stem / "about" / "metadata").read_text())
+            return int(seal.stem), len(about["metadata"]["history"])
+    return 0, 0
+
+
+IN_USE = re.compile(r"error: \S+ is in use by process \d+ on \S+ since [-\d]+T[:\d]+[-+:\d]+;.*\n")
+
+
+@pytest.mark.endurance
+def test_two_at_once_are_killed_again_and_again_and_nothing_is_lost(tmp_path):
+    """Two --resume of one run, started together; ROUNDS=50 in the environment for more of them."""
+    rng, run_dir, whole = np.random.default_rng(1), tmp_path / "run", tmp_path / "whole"
+    with steady(tmp_path, whole) as running:
+        assert running.wait() == 0, running.stderr.read()
+    count = dict.fromkeys(("kills", "refused", "went on", "finished", "saving"), 0)
+    step = 0
+    for _ in range(int(os.environ.get("ROUNDS", 6))):
+        pair = [steady(tmp_path, run_dir, "--resume") for _ in range(2)]
+        first = rng.integers(2)
+        for i in (first, 1 - first):  # the other one may take over
+            time.sleep(rng.uniform(0, 12 if i == first else 6))
+            count["saving"] += bool(list(run_dir.glob("checkpoints/*tmp*")))
+            count["kills"] += pair[i].poll() is None
+            pair[i].kill()
+        for process in pair:
+            _, said = process.communicate()
+            status = process.returncode
+            assert status in (0, 2, -signal.SIGKILL) and "Traceback" not in said, said
+            assert status != 2 or IN_USE.fullmatch(said), said
+            count["refused"] += status == 2
+            count["finished"] += status == 0
+        newest, epochs = newest_whole(run_dir / "checkpoints")
+        assert newest >= step and len(rows_of(run_dir)) >= epochs
+        assert [row["epoch"] for row in rows_of(run_dir)] == [*range(len(rows_of(run_dir)))]
+        count["went on"] += newest > step
+        step = newest
+    print(count, "step", step)
+    with steady(tmp_path, run_dir, "--resume") as last:
+        assert last.wait() == 0, last.stderr.read()
+    assert_same_run(whole, run_dir)

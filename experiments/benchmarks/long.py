@@ -29,7 +29,7 @@ from experiments.common.files import versions, write_json, write_text
 from experiments.common.memory import in_use, memory
 from experiments.common.text import markdown_table, number
 from experiments.run import experiment, train
-from experiments.training.config import open_run, require
+from experiments.training.config import begin_run, opened_run, require
 
 PARTS = 10  # of the run, which are compared
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -99,8 +99,9 @@ def measured(config: Config) -> dict[str, Any]:
     batches = len(job.dataset.train.labels) // base.batch_size
     epochs = max(-(-config.steps // batches), 2 * PARTS + 2)
     job = job._replace(schedule=job.schedule._replace(epochs=epochs))
-    open_run("mmimdb", dataclasses.replace(base, epochs=epochs))
-    with watching() as watch:
+    whole = dataclasses.replace(base, epochs=epochs)
+    with opened_run("mmimdb", whole), watching() as watch:
+        begin_run(run_dir, "mmimdb", whole)
         train(job, base, run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from experiments.common.stopping import StoppedError
 
@@ -13,16 +14,32 @@ class InputError(ValueError):
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether that is what an error says; Orbax hands the system's complaint on in words."""
+    """Whether that is what an error says; libraries hand the system's complaint on in words."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """A full disk, which libraries tell in words of their own, as an InputError that names it.
+
+    Whatever was begun has to be cleared away inside.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not disk_is_full(error):
+            raise
+        raise InputError(
+            f"no space is left on the disk for {path}; make some and try again"
+        ) from error
 
 
 @contextlib.contextmanager
 def exit_cleanly() -> Iterator[None]:
     """Turn an InputError, and a full disk, into ``error: …`` on stderr and exit status 2.
 
-    Ctrl-C ends with status 130, and a run that SIGTERM stopped with 143, as shells count signals.
+    Ctrl-C ends with status 130, SIGTERM with 143, as shells count signals.
 
     Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
     Any other exception passes through: it is a bug, and its traceback is wanted.
@@ -37,7 +54,7 @@ def exit_cleanly() -> Iterator[None]:
         raise SystemExit(130) from interrupt
     except StoppedError as stopped:
         print("stopped:", stopped, file=sys.stderr)
-        raise SystemExit(143) from stopped
+        raise SystemExit(128 + stopped.number) from stopped
     except OSError as error:
         if not disk_is_full(error):
             raise

@@ -3,11 +3,13 @@
 Undefined numbers (None, NaN) are null in JSON.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,34 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with _named(path), partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    with _named(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Of a full disk the system does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file to the first free name with a number: metrics.jsonl → metrics.1.jsonl."""
+    numbered = (path.with_suffix(f".{i}{path.suffix}") for i in itertools.count(1))
+    return path.rename(next(free for free in numbered if not free.exists()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,37 +1,85 @@
-"""SIGTERM, as schedulers send it before they kill: a run saves what it has and says so."""
+"""Ctrl-C, and SIGTERM as schedulers send it before they kill: a run saves and says how to go on."""
 
+import os
 import signal
+import sys
 import threading
-from types import FrameType
 from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
-    """A run that was asked to stop has saved its state; the message says how to go on."""
+    """A run that was asked to stop has saved its state.
 
-
-class Sigterm:
-    """While this is entered, SIGTERM is noted; calling it tells whether one came.
-
-    The second one kills. Outside the main thread, where Python has no signals, none is noted.
+    Attributes:
+      saved: what, in words.
+      command: what goes on from there.
+      number: of the signal.
     """
 
-    def __init__(self) -> None:
-        self.came = False
-        self.before: Any = None
+    def __init__(self, saved: str, command: str = "", number: int = signal.SIGTERM):
+        super().__init__(saved, command, number)
+        self.saved, self.command, self.number = saved, command, number
+
+    def __str__(self) -> str:
+        return f"{self.saved}; {self.command} goes on" if self.command else self.saved
+
+
+class StopRequest:
+    """From `begin` on the first SIGINT or SIGTERM is noted; calling it tells whether one came.
+
+    `answer` then stands on stderr at once, and a second signal ends the process at once. Python
+    calls its own handlers between two of its steps, and a compiled epoch is a single one; so a
+    thread listens. Outside the main thread, where Python has no signals, none is noted.
+    """
+
+    def __init__(self, answer: str):
+        self.answer = answer
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
+        self.thread: threading.Thread | None = None
 
     def __call__(self) -> bool:
-        return self.came
+        return self.number is not None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)
+    def begin(self) -> None:
+        """There is something to save from now on; before, a signal may end the process."""
+        if self.thread or threading.current_thread() is not threading.main_thread():
+            return
+        self.ear, self.mouth = os.pipe()
+        os.set_blocking(self.mouth, False)
+        self.mouth_before = signal.set_wakeup_fd(self.mouth)
+        self.thread = threading.Thread(target=self._listen, daemon=True)
+        self.thread.start()
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heard}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def __exit__(self, *_: object) -> None:
+        if self.thread is None:
+            return
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.mouth_before)
+        os.close(self.mouth)  # which ends the thread
+        self.thread.join()
+        os.close(self.ear)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = self.number or number
+
+    def _listen(self) -> None:
+        """Reads the numbers of the signals, as they come."""
+        come = 0
+        while heard := os.read(self.ear, 1):
+            if heard[0] not in SIGNALS:
+                continue
+            come += 1
+            if come > 1:
+                if sys.stdout.isatty():
+                    print("\033[?25h", end="", flush=True)  # the cursor, which a progress bar hides
+                os._exit(128 + heard[0])
+            print(f"stopping: {self.answer}", file=sys.stderr, flush=True)

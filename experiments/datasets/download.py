@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.common.errors import InputError
+from experiments.common.errors import InputError, naming_full_disk
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
@@ -46,9 +46,10 @@ def fetch(remote: Remote, folder: Path, attempts: int = 5, pause: float = 2.0) -
         _verify_kept(target, remote)
         return target
     part = folder / f"{remote.name}.part"
-    _download(remote, part, attempts, pause)
-    _verify_new(part, remote)
-    _sidecar(target).write_text(f"{sha256(part)}  {target.name}\n")
+    with naming_full_disk(part):
+        _download(remote, part, attempts, pause)
+        _verify_new(part, remote)
+        _sidecar(target).write_text(f"{sha256(part)}  {target.name}\n")
     part.rename(target)
     _tag_file(part).unlink(missing_ok=True)
     return target

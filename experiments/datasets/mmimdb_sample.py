@@ -23,13 +23,14 @@ A movie may have no genre at all (about 1 in 100). Pixels, word sequences and id
 
 import functools
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
+from experiments.common.errors import naming_full_disk
 from experiments.datasets.mmimdb_hdf5 import (
     FILE_NAME,
     IMAGE_WIDTH,
@@ -74,10 +75,14 @@ def sample_file(
     """The sample as an HDF5 file somewhere under ``folder``; written if it is not there yet."""
     path = folder / f"v{VERSION}-{train}-{validation}-{test}-{seed}" / FILE_NAME
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.part")
-        _write(scratch, (train, validation, test), seed)
-        scratch.rename(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            naming_full_disk(path),
+            tempfile.TemporaryDirectory(prefix="incomplete-", dir=folder) as scratch,
+        ):
+            _write(Path(scratch) / FILE_NAME, (train, validation, test), seed)
+            path.parent.mkdir(exist_ok=True)
+            (Path(scratch) / FILE_NAME).replace(path)
     return path
 
 

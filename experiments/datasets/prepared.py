@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from experiments.common.errors import InputError
+from experiments.common.errors import InputError, naming_full_disk
 from experiments.datasets.download import sha256
 
 CACHE_VARIABLE = "DEQ_FUSION_CACHE"
@@ -110,7 +110,10 @@ def prepare(
     if not home.exists():
         home.parent.mkdir(parents=True, exist_ok=True)
         print(f"preparing {name} (once) in {home}")
-        with tempfile.TemporaryDirectory(prefix="incomplete-", dir=home.parent) as scratch:
+        with (
+            naming_full_disk(home),
+            tempfile.TemporaryDirectory(prefix="incomplete-", dir=home.parent) as scratch,
+        ):
             _publish(_build(make_builder, scratch), home)
     return tfds.builder_from_directory(home)
 

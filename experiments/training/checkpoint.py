@@ -67,19 +67,20 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
         """Write `state` and `metadata` (JSON: epoch, history, …) as `step`; returns once sealed.
 
-        The run's history ends at `step`: the same or later steps, left over where a run went on
-        from an older checkpoint, are removed first. Older ones go after the new one is sealed, so
-        a crash at any moment leaves a whole step behind.
+        The run's history ends at `step`. The same or later steps, left over where a run went on
+        from an older checkpoint, go after the new one is sealed, as older ones do, so a crash at
+        any moment loses no whole step.
         """
         leaves = _named_leaves(state)
         about = {"leaves": {name: _form(leaf) for name, leaf in leaves.items()}}
         about["metadata"] = json.loads(json.dumps(metadata))  # a TypeError now, not half way
         arrays = {name: _array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
 
-        later = [s for s in self.steps() if s >= step]
-        for other in later:
+        before = self.steps()
+        later = [s for s in before if s > step]
+        for other in [s for s in before if s >= step]:
             logger.warning("%s: step %d is replaced by a save at step %d", self, other, step)
-        self._remove(later)
+        self._move_aside(step)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
@@ -93,14 +94,17 @@ class Checkpoints:
                 raise
             self._give_up(step, error)
         wait_for_all("checkpoint sealed")
-        self._remove(self.steps()[: -self.keep])
+        self._remove([*later, *[s for s in self.steps() if s <= step][: -self.keep]])
         self.saved_at = time.monotonic()
 
     def _give_up(self, step: int, error: Exception) -> None:
         """Clears away what a full disk has left of a step."""
         for partial in self.directory.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(partial, ignore_errors=True)
-        self._clear([step])
+        if self._aside(step).exists():
+            self._put_back(step)
+        else:
+            self._clear([step])
         whole = [s for s in self.steps() if self._damage(s) is None]
         kept = f"step {whole[-1]}, the newest, is kept" if whole else "there is none yet"
         raise InputError(
@@ -116,6 +120,9 @@ class Checkpoints:
         """
         damaged = {}
         for step in reversed(self.steps()):
+            if is_first():
+                self._put_back(step)
+            wait_for_all("checkpoint looked at")
             damage = self._damage(step)
             if damage is None:
                 return step, *self._read(step, template)
@@ -175,10 +182,30 @@ class Checkpoints:
     def _seal(self, step: int) -> Path:
         return self.directory / f"{step}.sha256"
 
+    def _aside(self, step: int) -> Path:
+        """Where a step waits until what replaces it is sealed; its seal stays where it is."""
+        return self.directory / f"{step}.replaced"
+
+    def _move_aside(self, step: int) -> None:
+        """Makes room for a save at this step; every process has to have listed it before."""
+        wait_for_all("checkpoint to be replaced")
+        if is_first() and (self.directory / str(step)).exists():
+            shutil.rmtree(self._aside(step), ignore_errors=True)
+            (self.directory / str(step)).rename(self._aside(step))
+        wait_for_all("checkpoint moved aside")
+
+    def _put_back(self, step: int) -> None:
+        """Undoes `_move_aside`, unless what replaces the step is whole."""
+        if self._aside(step).exists() and self._damage(step) is not None:
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            self._aside(step).rename(self.directory / str(step))
+
     def _remove(self, steps: list[int]) -> None:
         """Removes steps; every process has to have listed them before."""
         wait_for_all("checkpoints to be removed")
         if is_first():
+            for aside in self.directory.glob("*.replaced"):
+                shutil.rmtree(aside)
             self._clear(steps)
         wait_for_all("checkpoints removed")
 

@@ -1,9 +1,10 @@
 """The options that every experiment has, and the run directory that they name."""
 
+import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from deq_fusion_jax import Anderson, Implicit
 from deq_fusion_jax.baselines import make_fusion
 from experiments.common.errors import InputError
-from experiments.common.files import config_to_dict, read_json, versions, write_json
-from experiments.training.devices import Parallel, is_first, wait_for_all
+from experiments.common.files import config_to_dict, read_json, set_aside, versions, write_json
+from experiments.common.lock import folder_alone, is_unused
+from experiments.training.devices import Parallel, by_the_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class CommonConfig:
       seed: of the initial weights, the order of the rows, dropout and the validation rows.
       epochs: passes over the training rows, at most.
       run_dir: where to write; by default a new folder under runs/.
-      resume: go on with the run in run_dir.
+      resume: go on with the run in run_dir; where there is none, it begins.
       features: d, the width of the fusion.
       jacobian_weight: γ, weight of the Jacobian penalty (deq, weight_tied).
       tol: relative residual at which the solver is done (deq, weight_tied).
@@ -133,46 +135,49 @@ def unchanged(fusion: nn.Module) -> nn.Module:
     return fusion
 
 
-def open_run(experiment: str, config: CommonConfig) -> Path:
-    """The run directory: a new one, or with `resume` the one to go on with.
+@contextlib.contextmanager
+def opened_run(experiment: str, config: CommonConfig) -> Iterator[Path]:
+    """The run directory, for this run alone: a new one, or with `resume` the one to go on with.
+
+    Nothing in it is changed before `begin_run`. Of several processes the first one alone opens it,
+    and all of them end where it may not.
 
     Raises:
-      InputError: the directory holds another experiment, another configuration, or a run that
-        was not to be resumed; or there is nothing to resume.
+      InputError: another process has the directory; it holds another experiment, another
+        configuration, or a run that was not to be resumed.
     """
     if config.run_dir is None:
         if config.resume:
             raise InputError("--resume needs --run-dir, the directory of the run to go on with")
         if config.parallel == "processes":
             raise InputError("--parallel processes needs --run-dir, on a disk that all of them see")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{stamp}-{config.fusion}-seed{config.seed}"
-        run_dir = Path("runs") / experiment / name
-    else:
-        run_dir = config.run_dir.expanduser()
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"--run-dir {run_dir} is a file; give a directory")
-    saved = saved_config(run_dir)
-    if saved is None:
-        if config.resume:
-            raise InputError(f"nothing to resume in {run_dir}: it holds no run (no config.json)")
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+    with contextlib.ExitStack() as opened:
+        mine = by_the_first(lambda: opened.enter_context(_looked_at(experiment, config)))
+        yield mine or config.run_dir.expanduser()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _looked_at(experiment: str, config: CommonConfig) -> Iterator[Path]:
+    """The run directory, locked, if this run may use it."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.fusion}-seed{config.seed}"
+    with folder_alone(config.run_dir, Path("runs") / experiment / name) as run_dir:
+        saved = saved_config(run_dir)
+        if saved is not None:
+            check_same_run(run_dir, saved, experiment, config)
+        elif not is_unused(run_dir):
             raise InputError(f"--run-dir {run_dir} is not empty and holds no run; give a new one")
-    else:
-        check_same_run(run_dir, saved, experiment, config)
-    wait_for_all("run directory looked at")
-    if is_first():
-        _begin(run_dir, experiment, config)
-    return run_dir
+        elif config.resume:
+            print(f"Note: there is nothing to resume in {run_dir}; a new run begins.")
+        yield run_dir
 
 
-def _begin(run_dir: Path, experiment: str, config: CommonConfig) -> None:
-    """Makes the directory and writes config.json."""
-    try:
-        (run_dir / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from error
-    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter training
+def begin_run(run_dir: Path, experiment: str, config: CommonConfig) -> None:
+    """Writes config.json. The results of a shorter training are kept, as results.1.json."""
+    for partial in run_dir.glob(".*.partial"):  # of a write that was killed
+        partial.unlink()
+    saved, results = saved_config(run_dir), run_dir / "results.json"
+    if saved and saved["config"].get("epochs", 0) < config.epochs and results.exists():
+        set_aside(results)
     settings = {
         "experiment": experiment,
         "command": command_line(experiment, config),
@@ -180,6 +185,7 @@ def _begin(run_dir: Path, experiment: str, config: CommonConfig) -> None:
         "versions": versions(),
     }
     write_json(run_dir / "config.json", settings)
+    (run_dir / "figures").mkdir(exist_ok=True)
 
 
 def saved_config(run_dir: Path) -> dict[str, Any] | None:

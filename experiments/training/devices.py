@@ -14,8 +14,8 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,9 +27,19 @@ from deq_fusion_jax import DEQFusion
 from experiments.common.errors import InputError, exit_cleanly
 
 PyTree = Any
+Result = TypeVar("Result")
 Parallel = Literal["none", "devices", "processes"]
 BATCH = "batch"  # the mesh's axis
 LOST_SECONDS = 30  # without a sign of life, after which a process counts as lost
+
+
+@contextlib.contextmanager
+def joined(parallel: Parallel) -> Iterator[None]:
+    """Among all processes, where there are several: they begin together and fail together."""
+    if parallel == "processes":
+        _join_processes()
+    with _failing_together():
+        yield
 
 
 @contextlib.contextmanager
@@ -38,10 +48,8 @@ def mesh_of(parallel: Parallel) -> Iterator[None]:
     if parallel == "none":
         yield
         return
-    if parallel == "processes":
-        _join_processes()
     mesh = jax.make_mesh((jax.device_count(),), (BATCH,), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), _failing_together():
+    with jax.set_mesh(mesh):
         yield
 
 
@@ -178,6 +186,22 @@ def log(text: str) -> None:
     """Prints, once for all processes."""
     if is_first():
         print(text)
+
+
+def by_the_first(do: Callable[[], Result]) -> Result | None:
+    """What `do` returns in the first process, for all of them; None in the others.
+
+    Where it raises an InputError all end, and the first one says why.
+    """
+    done, refusal = None, None
+    if is_first():
+        try:
+            done = do()
+        except InputError as error:
+            refusal = error
+    if any_process(refusal is not None)[0]:
+        raise refusal or SystemExit(2)
+    return done
 
 
 def any_process(*flags: bool) -> list[bool]:

@@ -101,9 +101,9 @@ def train_to_the_end(
         train_to_next_evaluation(training, optimiser, rows, batch_size, stop, progress)
         due, stopped = training.asked(stop)
         over = training.ending()
+        report(training.history[-1])
         if due or over:
             training.save()
-        report(training.history[-1])
         if stopped and not over:
             raise StoppedError(f"epoch {training.history[-1]['epoch']} is saved")
     return training.fitted()
