@@ -172,7 +172,8 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     assert validation is not None
     test = job.dataset.test if config.official_selection else None
     saved = Checkpoints(run_dir / "checkpoints", every=SAVE_SECONDS)
-    with Bar(schedule.epochs, task.monitor) as show, stopping(run_dir) as stop:
+    may_stop = schedule.patience is not None
+    with Bar(schedule.epochs, task.monitor, may_stop) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "metrics.jsonl", show)
         how = task, optimiser, data, validation, schedule, seed, saved, report
         watched = None if config.refit else test
@@ -185,7 +186,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     with Bar(fitted.history[-1]["epoch"]) as show, stopping(run_dir) as stop:
         report = _recorder(run_dir / "refit.jsonl", show)
         what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
-        final = refit(*what, test=test, stop=stop)
+        final = refit(*what, test=test, stop=stop, progress=show.part)
     return fitted, final
 
 
