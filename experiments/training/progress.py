@@ -5,7 +5,7 @@ a log file say, a line is printed now and then.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -116,25 +116,25 @@ class Bar:
         count, clock, body = self._count(), self._clock(), self._body()
         room = options.max_width - len(count) - len(clock) - 2
         if room < 4:
-            yield Text(f"{count} {clock}")
-            yield body
+            yield from _folded([Text(count), Text(clock), *body], options.max_width)
             return
         bar = ProgressBar(self.epochs, self.epoch, min(16, room), pulse=bool(self.doing))
         line = Table.grid(padding=(0, 1))
-        if len(body) + 1 <= room - 16:
-            line.add_row(count, bar, clock, body)
+        whole = Text(", ").join(body)
+        if len(whole) <= room - 16 - 1:
+            line.add_row(count, bar, clock, whole)
             yield line
         else:
             line.add_row(count, bar, clock)
             yield line
-            yield body
+            yield from _folded(body, options.max_width)
 
     def _log(self) -> None:
         """A line where there is no terminal."""
         if self.live or not is_first():
             return
         self.logged, self.log_from = time.monotonic(), self.epoch + self.epochs / 10
-        line = ", ".join(part for part in (self._count(), self._clock(), str(self._body())) if part)
+        line = ", ".join([self._count(), self._clock(), *map(str, self._body())])
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _count(self) -> str:
@@ -145,16 +145,26 @@ class Bar:
         """Time left, which early stopping may cut short, and time spent."""
         now = time.monotonic()
         spent = _duration(now - self.began)
-        if self.over or self.seconds_per_epoch is None:
-            return f"{'took ' if self.over else ''}{spent}"
+        if self.over or self.doing or self.seconds_per_epoch is None:
+            return f"took {spent}" if self.over else ", ".join(filter(None, (spent, self.doing)))
         left = self.seconds_per_epoch * (self.epochs - self.epoch) - (now - self.seen)
         most = "at most " if self.may_stop else ""
         return f"{most}{_duration(max(left, 0))} left, {spent} so far"
 
-    def _body(self) -> Text:
-        warning = f"warning: {', '.join(self.warnings)}" if self.warnings else ""
-        parts = (Text(self.doing), Text(warning, "bold yellow"), Text(", ".join(self.scores)))
-        return Text(", ").join(part for part in parts if part)
+    def _body(self) -> list[Text]:
+        lead = ("warning: " * (not i) + warning for i, warning in enumerate(self.warnings))
+        return [*(Text(part, "bold yellow") for part in lead), *map(Text, self.scores)]
+
+
+def _folded(parts: Sequence[Text], width: int) -> list[Text]:
+    """Lines of as many of the parts as there is room for."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] = Text(", ").join([lines[-1], part])
+        else:
+            lines.append(part)
+    return lines
 
 
 class Compilation:
@@ -180,9 +190,10 @@ def _warnings(
 ) -> Iterator[str]:
     lost = {name: 1 - s["converged"] for name, s in solves.items() if s.get("converged", 1) < 1}
     if lost:
-        yield "not converged " + ", ".join(f"{percent(x)} of {name}" for name, x in lost.items())
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in lost.items())
+        yield f"not converged: {shares}"
     if train.get("backward_converged", 1) < 1:
-        yield f"backward solves failed {percent(1 - train['backward_converged'])}"
+        yield f"backward failed: {percent(1 - train['backward_converged'])}"
     if bad := bad_steps + train.get("bad_steps", 0):
         yield f"{bad:.0f} bad step{'s' * (bad > 1)}"
     if not defined(train.get("loss", 0)):
