@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.markdown import Markdown
 
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import read_json, write_json, write_text
 from experiments.reporting.comparison import comparison_table
+from experiments.reporting.terminal import show
 from experiments.run import EXPERIMENTS, experiment
 from experiments.training.config import CommonConfig, check_same_run, require, saved_config
 from experiments.training.metrics import Results, compare_floors, compare_rows
@@ -91,7 +90,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:
 def main() -> None:
     options, rest = parse_args(sys.argv[1:])
     rows = compare(options, rest)
-    Console().print(Markdown(comparison_table(rows)))
+    show(comparison_table(rows))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def execute(job: Job, config: CommonConfig) -> Results:
         outcome = learn(job, config, run_dir)
     results = results_of(job, config, outcome)
     if is_first():
-        write_run(run_dir, job, config, outcome, results)
-        print_results(results, run_dir)
+        notes = [*_notes(outcome, job, config), *job.notes]
+        write_run(run_dir, job, config, outcome, results, notes)
+        print_results(results, run_dir, outcome.fitted.history, notes)
         print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
 
@@ -147,19 +148,23 @@ def results_of(job: Job, config: CommonConfig, outcome: Outcome) -> Results:
 
 
 def write_run(
-    run_dir: Path, job: Job, config: CommonConfig, outcome: Outcome, results: Results
+    run_dir: Path,
+    job: Job,
+    config: CommonConfig,
+    outcome: Outcome,
+    results: Results,
+    notes: Sequence[str],
 ) -> None:
     """Writes results.json, the pictures and the report."""
-    fitted, final = outcome.fitted, outcome.final
     write_json(run_dir / "results.json", results)
-    drawn = draw(run_dir / "figures", job, fitted, outcome.on_test)
+    drawn = draw(run_dir / "figures", job, outcome.fitted, outcome.on_test)
     text = report_markdown(
         results,
         config_to_dict(config),
-        fitted.history,
+        outcome.fitted.history,
         command=command_line(job.experiment, config),
         figures=drawn,
-        notes=[*_notes(fitted, final, job, config), *job.notes],
+        notes=notes,
     )
     write_text(run_dir / "report.md", text)
     write_text(run_dir / "report.html", page(text, run_dir))
@@ -284,17 +289,15 @@ def _solver_summary(result: Evaluation) -> Metrics | None:
     }
 
 
-def _notes(fitted: Fitted, final: Fitted, job: Job, config: CommonConfig) -> list[str]:
+def _notes(outcome: Outcome, job: Job, config: CommonConfig) -> list[str]:
+    fitted, refitted = outcome.fitted, outcome.final is not outcome.fitted
     notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
-    last, bad = fitted.history[-1], sum(row["train"].get("bad_steps", 0) for row in fitted.history)
-    notes.append(f"Training ended after epoch {last['epoch']}: {fitted.ending}.")
-    if bad:
-        what = "had no finite gradient, or inputs out of all range, and changed nothing"
-        notes.append(f"{bad:.0f} steps {what}.")
-    if final is not fitted:
+    notes.append(f"Training ended after epoch {fitted.history[-1]['epoch']}: {fitted.ending}.")
+    if refitted:
         notes.append(
             "The test scores are of a second training, on the validation rows too, to that epoch."
         )
     elif config.refit:
-        notes.append("The training on all rows broke down; the test scores are of the first one.")
+        text = "The training on all rows broke down; the test scores are of the first one."
+        notes.append(f"Warning: {text}")
     return notes
