@@ -25,17 +25,16 @@ import jax
 import numpy as np
 import optax
 
-from deq_fusion_jax import DEQFusion
 from experiments.common.files import config_to_dict, plain, write_json, write_text
 from experiments.common.page import page
 from experiments.common.stopping import Sigterm, StoppedError
 from experiments.datasets import Dataset
-from experiments.reporting import figures
+from experiments.reporting.pictures import confusion_of, draw
 from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, command_line, open_run
 from experiments.training.devices import is_first, log, mesh_of, shard_model
-from experiments.training.metrics import Metrics, Results, per_class_f1
+from experiments.training.metrics import Metrics, Results, most_confused, per_class_f1
 from experiments.training.progress import Bar
 from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, evaluate
@@ -44,7 +43,6 @@ from experiments.training.warm import free_bytes, needed_bytes
 
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
-TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
 
 
 def experiment(name: str) -> Any:
@@ -157,7 +155,9 @@ def write_run(
 ) -> None:
     """Writes results.json, the pictures and the report."""
     write_json(run_dir / "results.json", results)
-    drawn = draw(run_dir / "figures", job, outcome.fitted, outcome.on_test)
+    drawn = draw(run_dir / "figures", job.task, job.dataset, outcome.fitted, outcome.on_test)
+    counts = confusion_of(job.dataset, outcome.on_test)
+    confused = [] if counts is None else most_confused(counts, job.dataset.classes)
     text = report_markdown(
         results,
         config_to_dict(config),
@@ -165,6 +165,7 @@ def write_run(
         command=command_line(job.experiment, config),
         figures=drawn,
         notes=notes,
+        confused=confused,
     )
     write_text(run_dir / "report.md", text)
     write_text(run_dir / "report.html", page(text, run_dir))
@@ -236,47 +237,6 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     room = "" if free is None else f", {free / 2**20:.0f} MiB are free"
     log(f"Warm starts are {'on' if fits else 'off'}: {cost}{room}.")
     return dataclasses.replace(task, warm_start=fits)
-
-
-def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:
-    """Writes the pictures of a run; returns {path relative to the run directory: caption}."""
-    scores = [{**row, "solver": None} for row in fitted.history]  # the solver has its own
-    pictures = {"learning_curve": (figures.learning_curve(scores), "Training, by epoch")}
-    if on_test.stats is not None:
-        pictures["solver_health"] = (
-            figures.solver_health(fitted.history),
-            "The solver on the validation rows, from before the first step to the last epoch",
-        )
-    trace = residuals_by_step(job, fitted)
-    if trace is not None:
-        pictures["residuals"] = (
-            figures.residual_traces(*trace),
-            "Relative residual against solver step",
-        )
-    if on_test.gates:
-        pictures["gates"] = (
-            figures.gate_strength(on_test.gates),
-            "Gate strength per modality, test rows",
-        )
-    for name, (figure, _) in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    return {f"figures/{name}.png": caption for name, (_, caption) in pictures.items()}
-
-
-def residuals_by_step(job: Job, fitted: Fitted) -> tuple[dict[str, np.ndarray], float] | None:
-    """Residuals [max_steps, B] of some validation rows and the tolerance; None if not DEQ."""
-    fusion = getattr(job.task.model, "fusion", None)
-    if not isinstance(fusion, DEQFusion) or not dataclasses.is_dataclass(fusion.solver):
-        return None
-    solver = dataclasses.replace(fusion.solver, trace=True)
-    model = job.task.model.clone(fusion=fusion.clone(solver=solver))
-    validation = job.dataset.validation
-    assert validation is not None
-    inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
-    variables = jax.device_get(fitted.best._asdict())  # off the mesh
-    prediction: Any = jax.jit(model.apply)(variables, inputs)
-    trace = np.asarray(prediction.fusion.stats.trace)
-    return {f"{trace.shape[1]:,} validation rows": trace}, solver.tol
 
 
 def _solver_summary(result: Evaluation) -> Metrics | None:

@@ -33,7 +33,7 @@ def percent(fraction: float | None) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]], left: int = 1, width: int | None = None) -> str:
-    """Aligned columns, header first, the first `left` flush left; cut at `width`, if it is given."""
+    """Aligned columns, header first, the first `left` flush left; cut at a `width`, if given."""
     pieces = []
     escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     for cells in blocks(escaped, width):
