@@ -24,7 +24,7 @@ def show(markdown: str, console: Console | None = None) -> None:
             )
             print_table([header, *rows], console, sum(not cell.endswith(":") for cell in rule))
         elif part.strip():
-            console.print(Markdown(part))
+            console.print(Markdown(part), "")
 
 
 def print_table(lines: Sequence[Sequence[str]], console: Console, left: int = 1) -> None:
