@@ -52,7 +52,7 @@ class Bar:
         self.doing, self.score, self.over = "compiling the evaluation …", "", False
         self.warnings: list[str] = []
         self.scores: list[str] = []
-        self.bad_steps = 0.0
+        self.bad_steps, self.warned = 0.0, False
         self.seen = time.monotonic()
         self.began = self.logged = self.seen
         self.log_from: float = 0  # the epoch from which a line is due
@@ -95,9 +95,9 @@ class Bar:
     ) -> None:
         self.epoch, self.seen = epoch, time.monotonic()
         if self.start and epoch > self.start[1]:
+            self.doing = ""
             spent = self.seen - self.start[0] - self.compilation.since(self.start[0])
             self.seconds_per_epoch = max(spent, 0) / (epoch - self.start[1])
-        calm = not self.warnings
         self.warnings = list(_warnings(train, solves, self.bad_steps))
         self.scores = [f"loss {train['loss']:.3f}"] if "loss" in train else []
         self.scores += [self.score] if self.score else []
@@ -106,8 +106,9 @@ class Bar:
         if self.seconds_per_epoch:
             self.scores.append(_pace(self.seconds_per_epoch))
         quiet = max(QUIET_SECONDS, (self.seen - self.began) / 100)
-        late = self.seen >= self.logged + quiet or epoch >= self.log_from
-        if self.start and epoch < self.epochs and (late or (calm and self.warnings)):
+        due = self.seen >= self.logged + quiet or epoch >= self.log_from
+        if self.start and epoch < self.epochs and (due or (self.warnings and not self.warned)):
+            self.warned = self.warned or bool(self.warnings)
             self._log()
 
     # --- how it looks ----------------------------------------------------------------------------
@@ -121,8 +122,8 @@ class Bar:
         bar = ProgressBar(self.epochs, self.epoch, min(16, room), pulse=bool(self.doing))
         line = Table.grid(padding=(0, 1))
         whole = Text(", ").join(body)
-        if len(whole) <= room - 16 - 1:
-            line.add_row(count, bar, clock, whole)
+        if len(whole) <= room - 16 - 2:
+            line.add_row(count, bar, clock, Text(" ").append(whole))
             yield line
         else:
             line.add_row(count, bar, clock)
