@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ from experiments.reporting.comparison import comparison_table
 from experiments.reporting.run import print_results, report_markdown
 from experiments.reporting.terminal import show
 from experiments.training.metrics import compare_rows
+
+ROOT = Path(__file__).parents[1]
 
 SOLVER = {"converged": 0.9996, "mean_steps": 14.25, "residual": 8.1e-5}
 PER_CLASS = {
@@ -349,3 +354,17 @@ def test_tables_on_a_terminal_are_as_wide_as_it_is(width):
     assert max(map(len, lines)) <= width and len(heads) == {40: 12, 80: 3, 400: 1}[width]
     assert all(f" metric_{i} " in text for i in range(12)) and text.count("0.123 ± 0.456") == 12
     assert "a|b" in text and "Curves: figures/a.png" in text
+
+
+def test_what_an_encoding_lacks_is_no_traceback():
+    """`errors` of a pipe's encoding, which a command sets as it begins."""
+    code = (
+        "from experiments.common.errors import exit_cleanly\n"
+        "with exit_cleanly():\n"
+        "    print('blood 血液 ±')\n"
+    )
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ascii_only, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "blood ?? ?\n", "")
