@@ -22,7 +22,6 @@ from experiments.common.files import read_json, write_text
 from experiments.common.page import page
 from experiments.reporting import figures
 from experiments.reporting.comparison import Run, side_by_side
-from experiments.reporting.pictures import PICTURE_DPI
 from experiments.reporting.terminal import show
 
 
@@ -80,7 +79,7 @@ def report(config: Config) -> str:
     if any(len(run.history) > 1 for run in runs):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         histories = {run.name: run.history for run in runs}
-        figures.learning_curves(histories).savefig(folder / "figures/curves.png", dpi=PICTURE_DPI)
+        figures.learning_curves(histories).save(folder / "figures/curves.png")
         drawn = {"figures/curves.png": "Loss, validation score and solver of every run, by epoch"}
     text = side_by_side(runs, drawn)
     write_text(folder / "report.md", text)

@@ -1,9 +1,11 @@
 """The pictures of a run: how it was trained, how it solves, which classes it confuses."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -17,7 +19,6 @@ from experiments.training.task import Evaluation, Task
 from experiments.training.train import Fitted
 
 TRACED_SAMPLES = 256  # validation rows whose solves are drawn step by step
-PICTURE_DPI = 192  # two dots to a pixel of a page, as sharp screens have
 
 
 def draw(
@@ -45,7 +46,7 @@ def draw(
             "Gate strength per modality, test rows",
         )
     for name, (figure, _) in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=PICTURE_DPI)
+        figure.save(folder / f"{name}.png")
     return {f"figures/{name}.png": caption for name, (_, caption) in pictures.items()}
 
 
@@ -82,10 +83,14 @@ def traced(task: Task, dataset: Dataset, fitted: Fitted) -> Traced | None:
     assert validation is not None
     inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
     variables = jax.device_get(fitted.best._asdict())  # off the mesh
-    rngs = {"radius": jax.random.key(0)}
-    prediction: Any = jax.jit(model.apply)(variables, inputs, rngs=rngs)
-    found = prediction.fusion
-    return Traced(np.asarray(found.stats.trace), np.asarray(found.spectral_radius), solver.tol)
+    trace, radius = map(np.asarray, _trace_and_radius(model, variables, inputs))
+    return Traced(trace, radius, solver.tol)
+
+
+@partial(jax.jit, static_argnames="model")  # compiled once for all seeds
+def _trace_and_radius(model: nn.Module, variables: Any, inputs: Any) -> tuple[jax.Array, jax.Array]:
+    prediction: Any = model.apply(variables, inputs, rngs={"radius": jax.random.key(0)})
+    return prediction.fusion.stats.trace, prediction.fusion.spectral_radius
 
 
 def _pictures_of(solves: Traced) -> dict[str, tuple[Figure, str]]:
