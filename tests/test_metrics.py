@@ -250,12 +250,12 @@ class TestSentiment:
 def test_confusion_counts_every_row_once():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 200)
-    probabilities = rng.random((200, 5))
+    probabilities = np.hstack([rng.random((200, 5)), np.zeros((200, 1))])  # never the last
     counts = confusion_counts(labels, probabilities)
-    assert counts.shape == (5, 5) and counts.sum() == 200 and not counts[4].any()
+    assert counts.shape == (6, 6) and counts.sum() == 200 and not counts[4:].any()
     for label, predicted in ((0, 0), (2, 4)):
         seen = sum(
-            y == label and max(range(5), key=p.__getitem__) == predicted
+            y == label and max(range(6), key=p.__getitem__) == predicted
             for y, p in zip(labels, probabilities, strict=True)
         )
         assert counts[label, predicted] == seen

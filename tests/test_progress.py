@@ -1,9 +1,11 @@
 """What one sees of a run: on terminals of several widths, and in a log file."""
 
 import io
+import time
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -83,6 +85,18 @@ def test_time_left_comes_first_and_leaves_compilation_out(clock):
     head, scores = Shown(clock, 80).run(range(1, 11))
     assert head == "epoch 10/40 ━━━━             at most 1:30 left, 0:50 so far"
     assert scores == "loss 0.500, macro-f1 0.750, 12.2 solver steps, 3.0 s/epoch"
+
+
+def test_jax_says_how_long_it_compiles():
+    """No longer than the clock says: what is traced within another trace is counted once."""
+    with Bar(1, console=Console(file=io.StringIO())) as bar:
+        began = time.monotonic()
+        within = jax.jit(lambda x: x + 1)
+        jax.jit(lambda x: within(within(2 * x)))(jnp.ones(3)).block_until_ready()
+        assert 0 < bar.compilation.since(began) <= time.monotonic() - began
+    spans = list(bar.compilation.spans)
+    jax.jit(lambda x: 3 * x)(1.0)
+    assert bar.compilation.spans == spans  # it listens no longer
 
 
 def test_a_resumed_run_is_timed_from_where_it_goes_on(clock):
