@@ -24,16 +24,17 @@ def confusion(counts: ArrayLike, names: Sequence[str]) -> Figure:
         raise ValueError(f"counts {counts.shape} of {len(names)} classes: expected [C, C]")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 1.8 + (0.42 * classes if classes <= COUNTED else min(0.17 * classes, 5.0))
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    figure = Figure(figsize=(side + 1.2, side), layout="compressed")
     axes = figure.add_subplot()
     colours = LinearSegmentedColormap.from_list("share", ["white", BLUE])
     image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
-    axes.set(xlabel="predicted class", ylabel="true class")
+    number = "" if classes <= NAMED else ", by number"
+    axes.set(xlabel=f"predicted class{number}", ylabel=f"true class{number}")
     _name_ticks(axes, [_short(name) for name in names])
     axes.spines[:].set_color(GREY)
     if classes <= COUNTED:
         _write_counts(axes, counts, shares)
-    bar = figure.colorbar(image, shrink=0.6, label="share of the true class", ticks=[0, 0.5, 1])
+    bar = figure.colorbar(image, shrink=0.6, label="share of the row", ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
     return figure
@@ -57,4 +58,4 @@ def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    return name if len(name) <= 24 else f"{name[:23]}…"
