@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress
 
 from deq_fusion_jax.baselines import WeightTied
@@ -31,6 +29,7 @@ from experiments.common.stopping import StoppedError, StopRequest
 from experiments.models.variants import REFERENCE, VARIANTS, Variant
 from experiments.reporting import figures
 from experiments.reporting.ablation import DEEP, ablation_table, spreads
+from experiments.reporting.terminal import show
 from experiments.run import Job, experiment
 from experiments.training.config import CommonConfig, require
 from experiments.training.feed import run_epochs
@@ -195,7 +194,7 @@ def finished(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 @exit_cleanly()
 def main() -> None:
     options, rest = parse_args(sys.argv[1:])
-    Console().print(Markdown(run(options, rest)))
+    show(run(options, rest))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress
 
 from experiments.benchmarks.contenders import floor, jax_contenders, ours, unrolled
@@ -49,6 +47,7 @@ from experiments.common.files import (
     write_json,
     write_text,
 )
+from experiments.reporting.terminal import show
 
 Row = dict[str, Any]
 Case = Callable[[], list[Row]]
@@ -280,7 +279,7 @@ def write(run_dir: Path, results: dict[str, Any]) -> None:
 def main() -> None:
     config = parse_args(sys.argv[1:])
     results = run(config)
-    Console().print(Markdown(tables(results)))
+    show(tables(results))
     print(f"Written to {config.run_dir}.")
 
 

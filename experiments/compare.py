@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.markdown import Markdown
 
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import Parser
@@ -27,6 +25,7 @@ from experiments.common.files import read_json, write_json, write_text
 from experiments.common.lock import folder_alone
 from experiments.common.stopping import StoppedError
 from experiments.reporting.comparison import comparison_table
+from experiments.reporting.terminal import show
 from experiments.run import EXPERIMENTS, experiment
 from experiments.training.config import (
     CommonConfig,
@@ -113,7 +112,7 @@ def run_all(options: argparse.Namespace, base: CommonConfig, folder: Path) -> li
 def main() -> None:
     options, rest = parse_args(sys.argv[1:])
     rows = compare(options, rest)
-    Console().print(Markdown(comparison_table(rows)))
+    show(comparison_table(rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and prints the tables.
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
@@ -25,6 +22,7 @@ from experiments.common.files import read_json, write_text
 from experiments.common.page import page
 from experiments.reporting import figures
 from experiments.reporting.comparison import Run, side_by_side
+from experiments.reporting.terminal import show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def report(config: Config) -> str:
     if any(len(run.history) > 1 for run in runs):
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         histories = {run.name: run.history for run in runs}
-        figures.learning_curves(histories).savefig(folder / "figures/curves.png", dpi=150)
+        figures.learning_curves(histories).save(folder / "figures/curves.png")
         drawn = {"figures/curves.png": "Loss, validation score and solver of every run, by epoch"}
     text = side_by_side(runs, drawn)
     write_text(folder / "report.md", text)
@@ -93,7 +91,7 @@ def report(config: Config) -> str:
 @exit_cleanly()
 def main() -> None:
     text = report(parse_args(sys.argv[1:]))
-    Console().print(Markdown(re.sub(r"!\[(.*?)\]\((.*?)\)", r"\1: `\2`", text)))
+    show(text)
 
 
 if __name__ == "__main__":

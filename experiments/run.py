@@ -29,7 +29,6 @@ import jax
 import numpy as np
 import optax
 
-from deq_fusion_jax import DEQFusion
 from experiments.common.files import (
     append_text,
     config_to_dict,
@@ -41,12 +40,12 @@ from experiments.common.files import (
 from experiments.common.page import page
 from experiments.common.stopping import StoppedError, StopRequest
 from experiments.datasets import Dataset
-from experiments.reporting import figures
+from experiments.reporting.pictures import confusion_of, draw
 from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, begin_run, command_line, opened_run
 from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
-from experiments.training.metrics import Metrics, Results, per_class_f1
+from experiments.training.metrics import Metrics, Results, most_confused, per_class_f1
 from experiments.training.progress import Bar
 from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, evaluate
@@ -56,7 +55,6 @@ from experiments.training.warm import free_bytes, needed_bytes
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
 OUTCOME = ("results.json", "report.md", "report.html")
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
-TRACED_SAMPLES = 256  # validation rows whose residuals are drawn step by step
 Config = TypeVar("Config", bound=CommonConfig)
 
 
@@ -108,8 +106,9 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
             outcome = learn(job, config, run_dir)
         results = results_of(job, config, outcome)
         if is_first():
-            write_run(run_dir, job, config, outcome, results)
-            print_results(results, run_dir)
+            notes = [*_notes(outcome, job, config), *job.notes]
+            write_run(run_dir, job, config, outcome, results, notes)
+            print_results(results, run_dir, outcome.fitted.history, notes)
             print(f"Done in {time.monotonic() - started:.0f} s.")
     return results
 
@@ -167,19 +166,26 @@ def results_of(job: Job, config: CommonConfig, outcome: Outcome) -> Results:
 
 
 def write_run(
-    run_dir: Path, job: Job, config: CommonConfig, outcome: Outcome, results: Results
+    run_dir: Path,
+    job: Job,
+    config: CommonConfig,
+    outcome: Outcome,
+    results: Results,
+    notes: Sequence[str],
 ) -> None:
     """Writes results.json, the pictures and the report."""
-    fitted, final = outcome.fitted, outcome.final
     write_json(run_dir / "results.json", results)
-    drawn = draw(run_dir / "figures", job, fitted, outcome.on_test)
+    drawn = draw(run_dir / "figures", job.task, job.dataset, outcome.fitted, outcome.on_test)
+    counts = confusion_of(job.dataset, outcome.on_test)
+    confused = [] if counts is None else most_confused(counts, job.dataset.classes)
     text = report_markdown(
         results,
         config_to_dict(config),
-        fitted.history,
+        outcome.fitted.history,
         command=command_line(job.experiment, config),
         figures=drawn,
-        notes=[*_notes(fitted, final, job, config), *job.notes],
+        notes=notes,
+        confused=confused,
     )
     write_text(run_dir / "report.md", text)
     write_text(run_dir / "report.html", page(text, run_dir))
@@ -193,7 +199,8 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     test = job.dataset.test if config.official_selection else None
     with stopping(job, run_dir) as stop:
         saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
-        with Bar(schedule.epochs, task.monitor) as show:
+        may_stop = schedule.patience is not None
+        with Bar(schedule.epochs, task.monitor, may_stop) as show:
             report = _recorder(run_dir / "metrics.jsonl", show, stop.begin)
             how = task, optimiser, data, validation, schedule, seed, saved, report
             watched = None if config.refit else test
@@ -206,7 +213,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
         with Bar(fitted.history[-1]["epoch"]) as show:
             report = _recorder(run_dir / "refit.jsonl", show, stop.begin)
             what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
-            return fitted, refit(*what, test=test, stop=stop)
+            return fitted, refit(*what, test=test, stop=stop, progress=show.part)
 
 
 def checkpoints(run_dir: Path, folder: str, *written: str) -> Checkpoints:
@@ -278,47 +285,6 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     return dataclasses.replace(task, warm_start=fits)
 
 
-def draw(folder: Path, job: Job, fitted: Fitted, on_test: Evaluation) -> dict[str, str]:
-    """Writes the pictures of a run; returns {path relative to the run directory: caption}."""
-    scores = [{**row, "solver": None} for row in fitted.history]  # the solver has its own
-    pictures = {"learning_curve": (figures.learning_curve(scores), "Training, by epoch")}
-    if on_test.stats is not None:
-        pictures["solver_health"] = (
-            figures.solver_health(fitted.history),
-            "The solver on the validation rows, from before the first step to the last epoch",
-        )
-    trace = residuals_by_step(job, fitted)
-    if trace is not None:
-        pictures["residuals"] = (
-            figures.residual_traces(*trace),
-            "Relative residual against solver step",
-        )
-    if on_test.gates:
-        pictures["gates"] = (
-            figures.gate_strength(on_test.gates),
-            "Gate strength per modality, test rows",
-        )
-    for name, (figure, _) in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    return {f"figures/{name}.png": caption for name, (_, caption) in pictures.items()}
-
-
-def residuals_by_step(job: Job, fitted: Fitted) -> tuple[dict[str, np.ndarray], float] | None:
-    """Residuals [max_steps, B] of some validation rows and the tolerance; None if not DEQ."""
-    fusion = getattr(job.task.model, "fusion", None)
-    if not isinstance(fusion, DEQFusion) or not dataclasses.is_dataclass(fusion.solver):
-        return None
-    solver = dataclasses.replace(fusion.solver, trace=True)
-    model = job.task.model.clone(fusion=fusion.clone(solver=solver))
-    validation = job.dataset.validation
-    assert validation is not None
-    inputs = {name: x[:TRACED_SAMPLES] for name, x in validation.inputs.items()}
-    variables = jax.device_get(fitted.best._asdict())  # off the mesh
-    prediction: Any = jax.jit(model.apply)(variables, inputs)
-    trace = np.asarray(prediction.fusion.stats.trace)
-    return {f"{trace.shape[1]:,} validation rows": trace}, solver.tol
-
-
 def _solver_summary(result: Evaluation) -> Metrics | None:
     if result.stats is None:
         return None
@@ -329,17 +295,15 @@ def _solver_summary(result: Evaluation) -> Metrics | None:
     }
 
 
-def _notes(fitted: Fitted, final: Fitted, job: Job, config: CommonConfig) -> list[str]:
+def _notes(outcome: Outcome, job: Job, config: CommonConfig) -> list[str]:
+    fitted, refitted = outcome.fitted, outcome.final is not outcome.fitted
     notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
-    last, bad = fitted.history[-1], sum(row["train"].get("bad_steps", 0) for row in fitted.history)
-    notes.append(f"Training ended after epoch {last['epoch']}: {fitted.ending}.")
-    if bad:
-        what = "had no finite gradient, or inputs out of all range, and changed nothing"
-        notes.append(f"{bad:.0f} steps {what}.")
-    if final is not fitted:
+    notes.append(f"Training ended after epoch {fitted.history[-1]['epoch']}: {fitted.ending}.")
+    if refitted:
         notes.append(
             "The test scores are of a second training, on the validation rows too, to that epoch."
         )
     elif config.refit:
-        notes.append("The training on all rows broke down; the test scores are of the first one.")
+        text = "The training on all rows broke down; the test scores are of the first one."
+        notes.append(f"Warning: {text}")
     return notes

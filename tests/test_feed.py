@@ -86,7 +86,7 @@ def test_a_save_within_an_epoch_costs_nothing_when_the_run_is_killed(case, tmp_p
             return self.asked % 3 == 0
 
     def killed(epoch, means):
-        assert set(means()) >= {"loss", "gradient_norm", "bad_steps"}
+        assert epoch == 0 or set(means()) >= {"loss", "gradient_norm", "bad_steps"}
         if epoch > 2.5:
             raise KeyboardInterrupt
 

@@ -7,10 +7,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from experiments.reporting.figures import (
+    confusion,
     gate_strength,
     learning_curve,
     phase_portrait,
     planes,
+    radii,
     residual_traces,
     residuals,
     solver_health,
@@ -18,6 +20,7 @@ from experiments.reporting.figures import (
     sweep,
 )
 
+NAN = np.nan
 HISTORY = [
     {
         "epoch": epoch,
@@ -46,16 +49,42 @@ def test_learning_curve_has_solver_panels_only_with_a_solver():
     assert len(labels(learning_curve(HISTORY[:1]))) == 4
 
 
-def test_solver_health_adds_what_the_rows_have():
-    assert labels(solver_health(HISTORY)) == [
-        "solver steps",
-        "samples converged",
-        "relative residual",
-    ]
-    radius = [{**r, "solver": {**r["solver"], "spectral_radius": 0.8}} for r in HISTORY]
-    assert labels(solver_health(radius))[-1] == "spectral radius at the fixed point"
+def test_solver_health_draws_both_directions():
+    figure = solver_health(HISTORY)
+    assert labels(figure) == ["solver steps", "solves converged"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["mean", "slowest sample"]
+    backward = {"backward_steps": 4.0, "backward_converged": 0.5}
+    rows = [{**HISTORY[0], "epoch": 0, "train": {}}, {**HISTORY[0], "train": backward}]
+    figure = solver_health(rows)
+    labels(figure)
+    for axes, forward, value in zip(figure.axes, (9.5, 1.0), backward.values(), strict=True):
+        assert_array_equal(line(axes, "forward")[:, 1], [forward, forward])
+        assert_array_equal(line(axes, "backward")[:, 1], [NAN, value])
     with pytest.raises(ValueError, match="solves nothing"):
         solver_health([{**HISTORY[0], "solver": None}])
+
+
+def test_radii_are_counted_beside_one():
+    figure = radii(np.array([0.5] * 30 + [1.2] * 10), "rows")
+    assert labels(figure) == ["rows"]
+    (axes,) = figure.axes
+    below = sum(bar.get_height() for bar in axes.patches if bar.get_x() < 1)
+    assert below == 30 and sum(bar.get_height() for bar in axes.patches) == 40
+    assert_array_equal(line(axes, "ρ = 1")[:, 0], [1, 1])
+
+
+def test_confusion_writes_counts_where_they_can_be_read():
+    counts = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    figure = confusion(counts, ["a", "b", "a class with a very long name"])
+    assert labels(figure)[:1] == ["true class"] and figure.axes[0].get_xlabel() == "predicted class"
+    assert_array_equal(figure.axes[0].images[0].get_array(), [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]])
+    written = {text.get_position()[::-1]: text.get_text() for text in figure.axes[0].texts}
+    assert written == {(0, 0): "8", (0, 1): "2", (1, 1): "5"}
+    many = confusion(np.eye(100, dtype=int), [f"class {i}" for i in range(100)])
+    labels(many)
+    assert not many.axes[0].texts and max(many.get_size_inches()) < 9
+    with pytest.raises(ValueError, match=r"\(3, 3\) of 2 classes"):
+        confusion(counts, ["a", "b"])
 
 
 def test_learning_curve_against_another_unit():
@@ -64,9 +93,6 @@ def test_learning_curve_against_another_unit():
     assert labels(figure) == ["loss", "samples converged", "solver steps"]
     assert figure.axes[-1].get_xlabel() == "step"
     assert_array_equal(figure.axes[0].lines[0].get_xdata(), [10, 20])
-
-
-NAN = np.nan
 
 
 def test_residual_traces_keep_the_last_value_of_a_finished_sample():

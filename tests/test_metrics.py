@@ -9,7 +9,9 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error
 
 from experiments.training.metrics import (
     binary_metrics,
+    confusion_counts,
     frequent_labels_floor,
+    most_confused,
     multiclass_metrics,
     multilabel_metrics,
     per_class_f1,
@@ -243,3 +245,27 @@ class TestSentiment:
     def test_shapes(self):
         with pytest.raises(ValueError, match=r"expected \[N\] for both"):
             sentiment_metrics(np.zeros((3, 1)), np.zeros(3))
+
+
+def test_confusion_counts_every_row_once():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 200)
+    probabilities = np.hstack([rng.random((200, 5)), np.zeros((200, 1))])  # never the last
+    counts = confusion_counts(labels, probabilities)
+    assert counts.shape == (6, 6) and counts.sum() == 200 and not counts[4:].any()
+    for label, predicted in ((0, 0), (2, 4)):
+        seen = sum(
+            y == label and max(range(6), key=p.__getitem__) == predicted
+            for y, p in zip(labels, probabilities, strict=True)
+        )
+        assert counts[label, predicted] == seen
+
+
+def test_most_confused_are_the_largest_mistakes():
+    counts = np.array([[28, 12, 0], [3, 5, 0], [0, 0, 9]])
+    assert most_confused(counts, ["cat", "dog", "fish"]) == [
+        "cat → dog: 12 of 40",
+        "dog → cat: 3 of 8",
+    ]
+    assert most_confused(counts, ["cat", "dog", "fish"], most=1) == ["cat → dog: 12 of 40"]
+    assert most_confused(np.eye(3, dtype=int), ["a", "b", "c"]) == []

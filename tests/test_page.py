@@ -55,13 +55,22 @@ def test_a_page_holds_tables_and_text_as_they_are(tmp_path):
 
 def test_a_page_carries_its_pictures_and_fetches_nothing(tmp_path):
     (tmp_path / "figures").mkdir()
-    Image.new("RGB", (3, 2)).save(tmp_path / "figures" / "a.png")
+    Image.new("RGB", (6, 4)).save(tmp_path / "figures" / "a.png")
     text = page('# T\n\n![Loss "by" epoch](figures/a.png)\n', tmp_path)
     (image,) = Reader(text).images
     data = image["src"].removeprefix("data:image/png;base64,")
     assert base64.b64decode(data) == (tmp_path / "figures" / "a.png").read_bytes()
     assert image["alt"] == 'Loss "by" epoch'
+    assert (image["width"], image["height"]) == ("3", "2")  # two dots a pixel: sharp
     assert not re.search(r"https?:|src=\"(?!data:)|url\(", text)
+
+
+def test_a_command_breaks_between_words_alone(tmp_path):
+    """Browsers break at hyphens too, where nothing keeps them from it."""
+    text = page("# T\n\n```\npython -m x --max-steps 3 <a&b>\n```\n", tmp_path)
+    words = re.findall(r"<span>(.*?)</span>", text.split("<body>")[1])
+    assert words == ["python", "-m", "x", "--max-steps", "3", "&lt;a&amp;b&gt;"]
+    assert "pre span { white-space: nowrap; }" in text
 
 
 def run(name, fusion="deq", seed=0, **config):
@@ -89,6 +98,23 @@ def test_runs_side_by_side_name_what_differs_and_nothing_else():
     assert any(line[:3] == scores for line in cells)
     assert ["Drama", "0.740", "0.740"] in cells
     assert "![Curves](figures/a.png)" in text and "--seed 1" in text
+    assert_tables_align(text)
+
+
+def tables(text):
+    """The first line of every table, as cells."""
+    heads = (block.splitlines()[0] for block in text.split("\n\n") if block.startswith("|"))
+    return [[cell.strip() for cell in head.split("|")[1:-1]] for head in heads]
+
+
+@pytest.mark.parametrize("number", [2, 5, 12])
+def test_a_hash_takes_twelve_characters_and_many_runs_a_row_each(number):
+    names = [f"{i:x}" * 64 for i in range(number)]
+    text = side_by_side([run(name, seed=i, data_sha256=name) for i, name in enumerate(names)])
+    assert not re.search(r"[0-9a-f]{13}", text)
+    short = [name[:12] for name in names]
+    differ = ["option", *short] if number == 2 else ["run", "seed", "data_sha256"]
+    assert differ in tables(text) and ["class", *short] in tables(text)
     assert_tables_align(text)
 
 

@@ -195,11 +195,14 @@ class TestDirectory:
         assert results["solver"] is None
         assert all(row["solver"] is None for row in plain.history())
         figures = {path.name for path in (plain.untouched / "figures").iterdir()}
-        assert figures == {"learning_curve.png"}
+        assert figures == {"learning_curve.png", "confusion.png"}
 
     def test_figures_open_and_the_report_shows_each(self, deq):
         names = {path.name for path in (deq.run_dir / "figures").iterdir()}
-        assert names == {"learning_curve.png", "solver_health.png", "residuals.png", "gates.png"}
+        assert names == {
+            "learning_curve.png", "confusion.png", "solver_health.png", "residuals.png",
+            "spectral_radius.png", "gates.png",
+        }  # fmt: skip
         for name in names:
             with Image.open(deq.run_dir / "figures" / name) as image:
                 image.load()

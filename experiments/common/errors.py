@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ def exit_cleanly() -> Iterator[None]:
     Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
     Any other exception passes through: it is a bug, and its traceback is wanted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" for what its encoding does not have
     try:
         yield
     except InputError as error:

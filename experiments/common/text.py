@@ -1,9 +1,11 @@
 """Numbers and tables as text, in Markdown. An undefined number (None, NaN) is "–"."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TypeGuard
+
+from rich.cells import cell_len
 
 
 def defined(value: float | None) -> TypeGuard[float]:
@@ -30,24 +32,33 @@ def percent(fraction: float | None) -> str:
     return f"{(math.floor(tenths) if fraction > 0.5 else math.ceil(tenths)) / 10:.1f} %"
 
 
-def markdown_table(lines: list[list[str]], left: int = 1, width: int = 80) -> str:
-    """Aligned columns, header first, the first `left` of them flush left; cut at `width`."""
+def markdown_table(lines: Sequence[Sequence[str]], left: int = 1, width: int | None = None) -> str:
+    """Aligned columns, header first, the first `left` flush left; cut at a `width`, if given."""
     pieces = []
-    for cells in blocks([[cell.replace("|", r"\|") for cell in line] for line in lines], width):
-        widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    for cells in blocks(escaped, width):
+        widths = [max(3, *map(cell_len, column)) for column in zip(*cells, strict=True)]
         rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-        align = ["<"] * left + [">"] * (len(widths) - left)
-        form = "| " + " | ".join(f"{{:{a}{w}}}" for a, w in zip(align, widths, strict=True)) + " |"
-        pieces.append("\n".join(form.format(*line) for line in (cells[0], rule, *cells[1:])))
+        padded = (_padded(line, widths, left) for line in (cells[0], rule, *cells[1:]))
+        pieces.append("\n".join(f"| {' | '.join(line)} |" for line in padded))
     return "\n\n".join(pieces)
 
 
-def blocks(lines: list[list[str]], width: int) -> Iterator[list[list[str]]]:
+def _padded(line: Sequence[str], widths: Sequence[int], left: int) -> Iterator[str]:
+    """As a terminal shows them, where a Chinese character takes two places."""
+    for i, (cell, width) in enumerate(zip(line, widths, strict=True)):
+        pad = " " * (width - cell_len(cell))
+        yield cell + pad if i < left else pad + cell
+
+
+def blocks(lines: Sequence[Sequence[str]], width: int | None) -> Iterator[list[list[str]]]:
     """A table cut by columns into pieces within `width`, each led by the first column."""
     first, *columns = zip(*lines, strict=True)
     block = [first]
+    room = math.inf if width is None else width
     for column in columns:
-        if len(block) > 1 and sum(max(map(len, c)) + 3 for c in (*block, column)) >= width:
+        wide = sum(max(map(cell_len, c)) + 3 for c in (*block, column))
+        if len(block) > 1 and wide >= room:
             yield [list(line) for line in zip(*block, strict=True)]
             block = [first]
         block.append(column)

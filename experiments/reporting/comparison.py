@@ -1,11 +1,16 @@
 """Several runs to read: fusions over seeds in one table, and any runs side by side."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.reporting.run import SELECTION, about, flat
 from experiments.training.metrics import Results, compare_floors, compare_rows
+
+BESIDE = 3  # runs whose options stand side by side
+WRITTEN = ("run_dir", "resume")  # options that say where, not what
+HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 def comparison_table(rows: Sequence[Results]) -> str:
@@ -63,6 +68,7 @@ def side_by_side(runs: Sequence[Run], figures: Mapping[str, str] | None = None) 
 
     `figures` are {"figures/x.png": caption}.
     """
+    runs = [run._replace(name=_short(run.name)) for run in runs]
     lines = [f"# {len(runs)} run{'s' * (len(runs) > 1)} side by side", ""]
     if any(run.results["data"] == "sample" for run in runs):
         lines += ["Scores on sample (synthetic) data show that the code runs, nothing more.", ""]
@@ -81,7 +87,8 @@ def side_by_side(runs: Sequence[Run], figures: Mapping[str, str] | None = None) 
         solver = [(r["solver"] or {}).get(key) for key in ("converged", "mean_steps")]
         costs.append((name, *solver, r["parameters"], r["seconds"]))
     lines += ["## Solver and cost", "", _cost_table("run", costs), ""]
-    if len(differences := _differences(runs)) > 1:
+    differences = _differences(runs)
+    if len(differences) > 1 and len(differences[0]) > 1:
         lines += ["## Options that differ", "", markdown_table(differences), ""]
     if len(classes := _classes(runs)) > 1:
         lines += ["## F1 of the classes, test", "", markdown_table(classes), ""]
@@ -103,13 +110,23 @@ def _cost_table(head: str, rows: Iterable[tuple]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> list[list[str]]:
-    """A row for every option that is not the same in all of them, less where they were written."""
+    """Every option that is not the same in all of them, less where they were written.
+
+    A row an option; a row a run where there are many, as everywhere else on the page.
+    """
     options = [dict(flat(run.config)) for run in runs]
     names = dict.fromkeys(name for found in options for name in found)
     values = {name: [found.get(name, "–") for found in options] for name in names}
     differ = [name for name in names if len(set(values[name])) > 1]
-    rows = [[name, *values[name]] for name in differ if name not in ("run_dir", "resume")]
-    return [["option", *(run.name for run in runs)], *rows]
+    rows = [[name, *map(_short, values[name])] for name in differ if name not in WRITTEN]
+    if len(runs) <= BESIDE:
+        return [["option", *(run.name for run in runs)], *rows]
+    return [list(line) for line in zip(["run", *(run.name for run in runs)], *rows, strict=True)]
+
+
+def _short(value: str) -> str:
+    """With twelve characters of a hash, which tell it from others."""
+    return HASH.sub(lambda found: found[0][:12], value)
 
 
 def _classes(runs: Sequence[Run]) -> list[list[str]]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from experiments.common.files import versions
-from experiments.common.text import blocks, defined, markdown_table, number, percent
+from experiments.common.text import defined, markdown_table, number, percent
+from experiments.reporting.terminal import print_table
 from experiments.training.metrics import Metrics, Results
+
+WARNING = "Warning: "
 
 SELECTION = {
     "validation": "Scores are of the epoch with the best validation score.",
@@ -36,12 +38,21 @@ def report_markdown(
     command: str,
     figures: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    confused: Sequence[str] = (),
 ) -> str:
-    """`report.md`: results, classes, solver, figures ({"figures/x.png": caption}), notes."""
+    """`report.md`: warnings, results, classes, solver, figures ({"figures/x.png": caption}), notes.
+
+    `notes` that begin with "Warning: " stand with the warnings; `confused` says which classes are
+    taken for which.
+    """
+    warnings, others = split_notes(results, history, notes)
     lines = [f"# {title(results)}", "", SELECTION[results["selection"]]]
     if results["data"] == "sample":
         lines.append("The data are synthetic: the scores show that the code runs, nothing more.")
-    lines += ["", "```", command, "```", "", "## Results", ""]
+    lines += ["", "```", command, "```", ""]
+    if warnings:
+        lines += ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""]
+    lines += ["## Results", ""]
     lines += [markdown_table(_scores(results)), ""]
     lines += [f"- {line}" for line in _summary(results)]
     if per_class := results["classes"]:
@@ -49,11 +60,14 @@ def report_markdown(
         if len(ranked) > 30:
             ranked = [*ranked[:12], ["…", "", ""], *ranked[-12:]]
         lines += ["", "## Classes", "", markdown_table([["class", "F1", "support"], *ranked])]
+    if confused:
+        lines += ["", f"Most often confused: {'; '.join(confused)}."]
     if figures:
         lines += ["", "## Figures"]
         lines += [line for path, text in figures.items() for line in ("", f"![{text}]({path})")]
-    remarks = [*notes, *_remarks(results, history)] or ["Nothing went wrong that was looked for."]
-    lines += ["", "## Notes", "", *(f"- {remark}" for remark in remarks)]
+    others += [] if warnings else ["Nothing went wrong that was looked for."]
+    if others:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in others)]
     for heading, table in (("Configuration", config), ("Versions", versions())):
         cells = [["name", "value"], *flat(table)]
         lines += ["", f"## {heading}", "", markdown_table(cells, left=2)]
@@ -63,24 +77,20 @@ def report_markdown(
 def print_results(
     results: Results,
     run_dir: Path,
+    history: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
     *,
     console: Console | None = None,
 ) -> None:
-    """The outcome of a run on the terminal, within 80 columns."""
+    """The outcome of a run on the terminal, what went wrong first."""
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False)
     say(title(results), style="bold")
-    for header, *rows in blocks(_scores(results), width=78):
-        table = Table(header[0])
-        for name in header[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for warning in split_notes(results, history, notes)[0]:
+        say(f"Warning: {warning}", style="yellow")
+    print_table(_scores(results), console)
     for line in [SELECTION[results["selection"]], *_summary(results)]:
         say(line)
-    for remark in _remarks(results, ()):
-        say(remark, style="yellow")
     say(f"Run directory: {run_dir}", soft_wrap=True)  # stays one word to copy
 
 
@@ -140,22 +150,38 @@ def _ranked(per_class: Mapping[str, Metrics]) -> list[tuple[str, Metrics]]:
     return sorted(per_class.items(), key=lambda item: -item[1]["f1"])
 
 
-def _remarks(results: Results, history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers themselves say went wrong."""
-    remarks = []
+def split_notes(
+    results: Results, history: Sequence[Mapping[str, Any]], notes: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """What went wrong, by the numbers themselves or a note "Warning: …", and the other notes."""
+    warned = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
+    others = [note for note in notes if not note.startswith(WARNING)]
+    return [*_of_results(results), *_of_history(history), *warned], others
+
+
+def _of_results(results: Results) -> Iterator[str]:
     converged = (results["solver"] or {}).get("converged")
     if defined(converged) and converged < 1:
-        remarks.append(f"{percent(1 - converged)} of the samples did not converge in evaluation.")
-    solved = [r for r in history if defined((r.get("solver") or {}).get("converged"))]
-    low = min(solved, key=lambda row: row["solver"]["converged"], default=None)
-    if low and low["solver"]["converged"] < 1:
-        share = percent(low["solver"]["converged"])
-        remarks.append(f"During training convergence was lowest in epoch {low['epoch']}: {share}.")
-    trained = [row for row in history if row["epoch"] > 0]  # before the first step: no loss yet
-    bad = [row["epoch"] for row in trained if not defined(row.get("loss"))]
-    if bad:
-        remarks.append(f"The loss was not finite in {len(bad)} epoch(s), the first {bad[0]}.")
+        yield f"{percent(1 - converged)} of the samples did not converge in evaluation."
     undefined = [name for name, value in (results["test"] or {}).items() if not defined(value)]
     if undefined:
-        remarks.append(f"Not defined on this test set: {', '.join(undefined)}.")
-    return remarks
+        yield f"Not defined on this test set: {', '.join(undefined)}."
+
+
+def _of_history(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    solves = (
+        ("solver", "converged", "During training convergence was lowest"),
+        ("train", "backward_converged", "Convergence of the backward solves was lowest"),
+    )
+    for part, name, text in solves:
+        solved = [row for row in history if defined((row.get(part) or {}).get(name))]
+        low = min(solved, key=lambda row: row[part][name], default=None)
+        if low and low[part][name] < 1:
+            yield f"{text} in epoch {low['epoch']}: {percent(low[part][name])}."
+    if bad := sum((row.get("train") or {}).get("bad_steps", 0) for row in history):
+        what = "had no finite gradient, or inputs out of all range, and changed nothing"
+        yield f"{bad:.0f} steps {what}."
+    trained = [row for row in history if row["epoch"] > 0]  # before the first step: no loss yet
+    lost = [row["epoch"] for row in trained if not defined(row.get("loss"))]
+    if lost:
+        yield f"The loss was not finite in {len(lost)} epoch(s), the first {lost[0]}."

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import (
     accuracy_score,
+    confusion_matrix,
     f1_score,
     mean_absolute_error,
     r2_score,
@@ -78,6 +79,28 @@ def per_class_f1(
     return {
         n: {"f1": f1, "support": int(s)} for n, f1, s in zip(names, scores, support, strict=True)
     }
+
+
+def confusion_counts(labels: ArrayLike, probabilities: ArrayLike) -> np.ndarray:
+    """How often a true class (row) is predicted as which (column), [C, C].
+
+    Labels are [N] in 0 … C-1, probabilities [N, C]; the predicted class is the argmax.
+    """
+    labels, probabilities = _multiclass(labels, probabilities)
+    classes = range(probabilities.shape[1])
+    return confusion_matrix(labels, probabilities.argmax(axis=1), labels=classes)
+
+
+def most_confused(counts: np.ndarray, names: Sequence[str], most: int = 10) -> list[str]:
+    """The most frequent mistakes in [C, C] counts, "cat → dog: 12 of 40", the largest first."""
+    wrong = counts * ~np.eye(len(counts), dtype=bool)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    return [
+        f"{names[i]} → {names[j]}: {wrong[i, j]:,} of {counts[i].sum():,}"
+        for i, j in pairs
+        if wrong[i, j]
+    ]
 
 
 def frequent_labels_floor(train_labels: ArrayLike, test_labels: ArrayLike) -> Metrics:

@@ -69,9 +69,10 @@ def fit(
     one. With `test` every row also has "test": {metric: value}, which nothing here looks at. Once
     `stop` says so, what there is is saved and a StoppedError raised.
 
-    A `Stream` is trained on step by step, so there a checkpoint may lie within an epoch, and
-    `progress` is told of every step: the epoch with its fraction, and a function of no arguments
-    that fetches the means so far. Within a mesh (`jax.set_mesh`, see
+    `progress` is told where training begins or goes on, and then after every call to the device
+    how far it has come: the epoch with its fraction, and a function of no arguments that fetches
+    the means so far. A `Stream` is trained on a few steps a call, so there a checkpoint may lie
+    within an epoch. Within a mesh (`jax.set_mesh`, see
     `experiments.training.devices`) every batch is sharded over the devices.
     """
     rows = feed(train)
@@ -97,6 +98,8 @@ def train_to_the_end(
         training.evaluate(epoch=0)
     for row in training.history:
         report(row)
+    if not training.ending():
+        progress(training.step / (rows.rows // batch_size), training.means)
     while not training.ending():
         train_to_next_evaluation(training, optimiser, rows, batch_size, stop, progress)
         due, stopped = training.asked(stop)
@@ -126,8 +129,8 @@ def train_to_next_evaluation(
     for step, state, seen in steps:
         training.step, training.state = step, state
         training.sums = _added(training.sums, seen)
+        progress(step / batches, training.means)
         if step < end:
-            progress(step / batches, training.means)
             due, stopped = training.asked(stop)
             if due:
                 training.seconds = time.monotonic() - began

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from experiments.reporting.figures.style import (
@@ -122,6 +123,22 @@ def steps_by_radius(solves: Mapping[str, tuple[ArrayLike, ArrayLike]], tol: floa
     axes.axvline(1, color=GREY, linewidth=0.8)
     axes.set(xlabel="spectral radius ρ of ∂f/∂z at the fixed point", ylabel="solver steps")
     axes.set(xlim=(0.8 * lowest, 1.05 * highest), ylim=(0, 1.1 * most))
+    legend_beside(axes)
+    return figure
+
+
+def radii(radius: np.ndarray, what: str) -> Figure:
+    """How many samples have which spectral radius [N] at the fixed point, and where 1 is.
+
+    Above 1 plain iteration leaves the fixed point. `what` says of which samples, in words.
+    """
+    figure, (axes,) = row(1, width=5.2, height=2.6)
+    axes.hist(radius, bins=min(30, max(5, len(radius) // 4)), color=BLUE, alpha=0.8)
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, 0.97), max(right, 1.03))
+    axes.axvline(1, color=VERMILION, linestyle="--", linewidth=1.2, label="ρ = 1")
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set(xlabel="spectral radius ρ of ∂f/∂z at the fixed point", ylabel=what)
     legend_beside(axes)
     return figure
 

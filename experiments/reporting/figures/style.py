@@ -1,7 +1,9 @@
 """What the figures have in common: colours, panels, axes."""
 
 import io
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib import figure
@@ -13,6 +15,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#
 VERMILION, PURPLE, GREY = "#D55E00", "#CC79A7", "#999999"
 CYCLE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 STYLES = ("-", "--", "-.", ":")
+PAGE_DPI = 192  # two dots to a pixel of a page, as sharp screens have
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -23,6 +26,12 @@ class Figure(figure.Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=80)
         return buffer.getvalue(), {"alt": self.alternative_text()}
+
+    def save(self, path: Path) -> None:
+        """As PNG for a page. What the font lacks, of Chinese names say, is a box without a word."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            self.savefig(path, format="png", dpi=PAGE_DPI)
 
     def alternative_text(self) -> str:
         """For who does not see the picture: what its panels, axes, curves and marks are called."""

@@ -18,6 +18,7 @@ from experiments.reporting.figures.style import (
     GREEN,
     GREY,
     STYLES,
+    VERMILION,
     Figure,
     legend_beside,
     percent_axis,
@@ -85,27 +86,25 @@ def learning_curves(histories: Mapping[str, History]) -> Figure:
 
 
 def solver_health(history: History) -> Figure:
-    """The solver over the whole training: steps, share converged, residual, spectral radius."""
+    """The solver over the whole training: steps and share converged, forward and backward.
+
+    Forward are the solves of the validation rows, backward those of the training steps.
+    """
     if not any(row.get("solver") for row in history):
         raise ValueError("no row of this history has solver statistics: its fusion solves nothing")
-    radius = _column(history, "solver", "spectral_radius")
-    residual = _column(history, "solver", "residual")
-    has_residual, has_radius = np.isfinite(residual).any(), np.isfinite(radius).any()
-    figure, axes = stack(2 + int(has_residual) + int(has_radius))
+    figure, axes = stack(2)
     epoch = [row["epoch"] for row in history]
     _plot_steps(axes[0], epoch, history)
     _plot_converged(axes[1], epoch, history)
-    if has_residual:
-        axes[2].semilogy(epoch, residual, color=BLUE, **_marks(history))
-        axes[2].set_ylabel("relative\nresidual")
-        axes[2].set_ylim(*_decades(residual))
-    if has_radius:
-        axes[-1].plot(epoch, radius, color=BLUE, **_marks(history))
-        axes[-1].axhline(1, color=GREY, linestyle="--", linewidth=1)
-        note = {"transform": axes[-1].get_yaxis_transform(), "ha": "right", "fontsize": 8}
-        axes[-1].text(1, 1.02, "1: plain iteration stops contracting", color="#666666", **note)
-        axes[-1].set_ylabel("spectral radius\nat the fixed point")
-        axes[-1].set_ylim(0, 1.15 * max(1, np.nanmax(radius)))
+    backward = ("backward_steps", "backward_converged")
+    for panel, name in zip(axes, backward, strict=True):
+        values = _column(history, "train", name)
+        if np.isfinite(values).any():
+            panel.lines[0].set_label("forward")
+            style = {"color": VERMILION, "linestyle": "--", "label": "backward"} | _marks(history)
+            panel.plot(epoch, values, **style)
+            legend_beside(panel)
+    axes[1].set_ylabel("solves\nconverged")
     axes[-1].set_xlabel("epoch")
     whole_ticks(axes[-1], epoch)
     return figure
@@ -121,7 +120,7 @@ def _plot_steps(axes: Axes, epoch: Sequence[int], history: History) -> None:
     mean, most = _column(history, "solver", "mean_steps"), _column(history, "solver", "max_steps")
     axes.plot(epoch, mean, color=BLUE, label="mean", **_marks(history))
     if np.isfinite(most).any():
-        axes.plot(epoch, most, color=GREY, linestyle="--", linewidth=1.2, label="slowest sample")
+        axes.plot(epoch, most, color=GREY, linestyle=":", linewidth=1.2, label="slowest sample")
         legend_beside(axes)
     axes.set_ylabel("solver steps")
     axes.set_ylim(bottom=0)
@@ -141,10 +140,3 @@ def _column(history: History, *keys: str) -> np.ndarray:
 def _marks(history: History) -> dict[str, Any]:
     """Points where epochs are few enough to be seen one by one."""
     return {"linewidth": 1.6, "marker": "o" if len(history) <= 30 else None, "markersize": 3}
-
-
-def _decades(values: np.ndarray) -> tuple[float, float]:
-    """The whole powers of ten around the positive values."""
-    powers = np.log10(values, where=values > 0, out=np.full_like(values, np.nan))
-    powers = powers[np.isfinite(powers)] if np.isfinite(powers).any() else np.zeros(1)
-    return 10.0 ** np.floor(powers.min()), 10.0 ** np.ceil(powers.max() + 0.3)
