@@ -30,6 +30,7 @@ from experiments.common.files import config_to_dict, plain, write_json, write_te
 from experiments.common.page import page
 from experiments.common.stopping import Sigterm, StoppedError
 from experiments.datasets import Dataset
+from experiments.datasets.features import Recipe
 from experiments.reporting import figures
 from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
@@ -61,7 +62,7 @@ class Job(NamedTuple):
       task, optimiser, schedule: what to learn, and how.
       floors: further rows of the table: {name: test metrics}.
       notes: sentences for the terminal and the report.
-      prepare: from the inputs as the data have them to those of `dataset`; traceable.
+      recipe: how inputs as the data have them become those of `dataset`; None: they are those.
     """
 
     experiment: str
@@ -71,7 +72,7 @@ class Job(NamedTuple):
     schedule: Schedule
     floors: Mapping[str, Metrics] = {}
     notes: Sequence[str] = ()
-    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    recipe: Recipe | None = None
 
 
 def execute(job: Job, config: CommonConfig) -> Results:
