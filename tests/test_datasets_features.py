@@ -11,7 +11,7 @@ from experiments.datasets.preprocess import draw_split, folds, standardise
 N = 12
 X = np.random.default_rng(0).standard_normal((N, 3))
 CLASSES = np.arange(N) % 3
-MEMBERS = np.eye(3)[CLASSES] + np.eye(3)[CLASSES // 2]
+MEMBERS = np.array([[1, 1, 0], [0, 1, 0], [1, 0, 1]])[CLASSES]
 
 
 @pytest.fixture
@@ -149,13 +149,13 @@ class TestWhatIsRefused:
         ]:
             with pytest.raises(InputError, match=complaint):
                 read([tmp_path / path])
-        with pytest.raises(InputError, match=r"two files are called a\.csv"):
+        with pytest.raises(InputError, match="two files are called a;"):
             read([tmp_path / "a.csv", tmp_path / "b" / "a.csv"])
 
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [
-            (b"1,2\n3,x\n", r"a\.csv, line 2: 'x' is not a number"),
+            (b"1,2\n3,x\n5,6\n", r"a\.csv, line 2: 'x' is not a number"),
             (b"1,2\n\n3,4,5\n", r"a\.csv, line 3: 3 cells; expected 2, as in the first line"),
             (b"", "holds no line of numbers"),
             (b"x,y\n", "holds no line of numbers"),

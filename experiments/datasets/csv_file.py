@@ -8,7 +8,7 @@ if they have as many cells as the others. What cannot be told is refused.
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +34,14 @@ class Sheet(NamedTuple):
       source: the file.
       lines: all of the same number of cells.
       header: whether the first line holds names; None: this file alone does not tell.
+      commas: what they do: separate cells, or stand in numbers as "decimal"; "": nothing.
       notes: what was guessed.
     """
 
     source: str
     lines: list[Line]
     header: bool | None
+    commas: str
     notes: list[str]
 
     def frame(self) -> Frame:
@@ -71,10 +73,12 @@ def read_sheet(path: Path) -> Sheet:
         notes.append(f"cells are separated by {SEPARATORS.get(separator, 'spaces')}")
     lines = _without_comments(lines, notes)
     lines = _of_one_width(path, lines, notes)
-    if separator != "," and _has_decimal_commas(path, lines):
+    commas = "separator" if separator == "," else ""
+    if _has_decimal_commas(path, lines, separator):
+        commas = "decimal"
         notes.append("the decimal sign is a comma")
         lines = [(number, [_with_point(cell) for cell in cells]) for number, cells in lines]
-    return Sheet(str(path), lines, _header([cells for _, cells in lines]), notes)
+    return Sheet(str(path), lines, _header([cells for _, cells in lines]), commas, notes)
 
 
 def _text(path: Path) -> str:
@@ -143,18 +147,18 @@ def _are_numbers(lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _without_comments(lines: list[Line], notes: list[str]) -> list[Line]:
-    """The last line of those with a # at the top is the header, if it has as many cells."""
+    """The last line of those with a # at the top is the header, if it is one and no other is."""
     top = 0
     while top < len(lines) and lines[top][1][:1] and _is_comment(lines[top][1][0]):
         top += 1
-    if not top:
+    rest = [line for line in lines[top:] if line[1]]
+    if not top or not rest:
         return lines
     number, cells = lines[top - 1]
-    rest = lines[top:]
-    header = bool(rest) and len(cells) == len(rest[0][1])
+    header = len(rest[0][1]) == len(cells) > 1 and _header([cells for _, cells in rest]) is False
     if top > header:
-        notes.append(f"{top - header} lines at the top are comments")
-    return [(number, [cells[0].lstrip("# "), *cells[1:]]), *rest] if header else rest
+        notes.append("lines with a # at the top are comments")
+    return [(number, [cells[0].lstrip("# "), *cells[1:]]), *lines[top:]] if header else lines[top:]
 
 
 def _is_comment(cell: str) -> bool:
@@ -187,13 +191,34 @@ def _of_one_width(path: Path, lines: list[Line], notes: list[str]) -> list[Line]
     return full
 
 
-def _has_decimal_commas(path: Path, lines: list[Line]) -> bool:
+def _has_decimal_commas(path: Path, lines: list[Line], separator: str) -> bool:
     cells = [cell for _, line in lines for cell in line]
     comma = next((cell for cell in cells if _COMMA.fullmatch(cell)), None)
     point = next((cell for cell in cells if "." in cell and is_number(cell)), None)
-    if comma and point:
-        raise InputError(f"{path} holds {comma!r} and {point!r}; write all with a decimal point")
+    if comma and (point or separator == ","):
+        beside = f"and {point!r}" if point else "between commas"
+        raise InputError(f"{path} holds {comma!r} {beside}; write it with a decimal point")
     return comma is not None
+
+
+def refuse_two_commas(sheets: Iterable[Sheet]) -> None:
+    """Raises InputError if commas separate two whole numbers a line that may be one with a comma.
+
+    So they may where another file has decimal commas, or a number would begin with a zero.
+    """
+    sheets = list(sheets)
+    decimal = any(sheet.commas == "decimal" for sheet in sheets)
+    for sheet in sheets:
+        rows = [cells for _, cells in sheet.lines[1:] or sheet.lines]
+        if sheet.commas != "separator" or len(rows[0]) != 2:
+            continue
+        if any(not cell.removeprefix("-").isdigit() for cells in rows for cell in cells):
+            continue
+        if decimal or any(one == "-0" or re.fullmatch("0.+", two) for one, two in rows):
+            raise InputError(
+                f"{sheet.source}: {','.join(rows[0])} may be one number or two; write it with a "
+                "decimal point, or separate numbers by semicolons"
+            )
 
 
 def _with_point(cell: str) -> str:
@@ -205,7 +230,7 @@ def _with_point(cell: str) -> str:
 
 def _header(rows: Sequence[Sequence[str]]) -> bool | None:
     """Whether the first line holds names; None: it may, or not."""
-    head, columns = rows[0], list(zip(*rows[1:], strict=True))
+    head, columns = rows[0], list(zip(*rows[1:], strict=False))
     named = [not is_number(cell) and not is_unknown(cell) for cell in head]
     if not columns:
         return all(named)
@@ -216,23 +241,39 @@ def _header(rows: Sequence[Sequence[str]]) -> bool | None:
         return False
     indexed = head[0] == "" and len(head) > 1 and all(columns[0])  # as pandas writes it
     if not any(named):
-        return _is_counted(head[indexed:], columns, indexed)
-    if indexed or (any(map(_is_name, head)) and len(numbers) != 1):
+        return _is_counted(head[indexed:], columns[indexed:], indexed)
+    if _is_over_words(head, columns) or (len(numbers) > 2 and not _are_whole(columns[-1])):
         return True
-    if any(n and _are_all_numbers(column) for n, column in zip(named, columns, strict=True)):
-        return None if numbers else True
-    return None if not numbers else len(numbers) > 2 and numbers[0] == "0"
+    sure = any(n and _are_all_numbers(c) for n, c in zip(named, columns, strict=True))
+    known = indexed or any(map(_is_name, head))
+    return True if known or (sure and len(numbers) != 1) else None
 
 
 def _is_counted(
     head: Sequence[str], columns: Sequence[Sequence[str]], indexed: bool
 ) -> bool | None:
     """Of a first line of nothing but numbers."""
-    counted = list(head) == [str(i) for i in range(len(head))]
-    pointed = all("." in cell for column in columns[indexed:] for cell in column)
-    if counted and (indexed or len(head) > 2 or pointed):
+    if _is_over_words(head, columns):
         return True
-    return None if counted or (_rises(head) and (indexed or len(head) > 2)) else False
+    counted = list(head) == [str(i) for i in range(len(head))]
+    several = indexed + len(head) > 2
+    if counted and (several or all("." in cell for column in columns for cell in column)):
+        return True
+    if not counted and not (several and _rises(head)):
+        return None if indexed else False
+    return None if all(map(_are_whole, columns)) else True if several else None
+
+
+def _is_over_words(head: Sequence[str], columns: Sequence[Sequence[str]]) -> bool:
+    """Whether numbers that could be names stand there, one of them over nothing but words."""
+    if not _rises([cell for cell in head if is_number(cell)]):
+        return False
+    pairs = zip(head, columns, strict=True)
+    return any(is_number(cell) and not any(map(is_number, column)) for cell, column in pairs)
+
+
+def _are_whole(cells: Sequence[str]) -> bool:
+    return not any("." in cell for cell in cells)
 
 
 def _rises(cells: Sequence[str]) -> bool:

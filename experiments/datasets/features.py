@@ -14,8 +14,8 @@ Every key of the .npz file with N rows is a modality, [N, d], [N, T, d], …, ex
 
 Any other file is the key that it is called after: ``image.csv``, ``labels.csv``, ``rna.npz`` with a
 sparse matrix of scipy, ``rna.npy``, ``rna.parquet``, ``rna.h5ad``; see ``files`` and, for the form
-of tables, ``csv_file`` and ``columns``. Files that have ids are joined by them. A column called split
-or groups beside the labels is that key.
+of tables, ``csv_file`` and ``columns``. Files that have ids are joined by them. A column called
+split or groups beside the labels is that key.
 
 A row of a modality that is all NaN is missing as well, and so is a position that is: fill up
 sequences of unequal length with NaN. Single NaNs are not known, and take the mean of the training

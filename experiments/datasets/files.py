@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.common.errors import InputError
 from experiments.datasets.columns import Frame, Part, encode, numbers, suspicious, take_ids
-from experiments.datasets.csv_file import SUFFIXES, Sheet, read_sheet
+from experiments.datasets.csv_file import SUFFIXES, Sheet, read_sheet, refuse_two_commas
 from experiments.datasets.h5ad import read_h5ad
 from experiments.datasets.npz import read_npy, read_npz
 from experiments.datasets.parquet import read_parquet
@@ -48,6 +48,9 @@ def read_files(
     parts: dict[str, Part] = {}
     frames: dict[Path, Frame] = {}
     sheets: dict[Path, Sheet] = {}
+    stems = [path.stem for path in paths]
+    if twice := next((stem for i, stem in enumerate(stems) if stem in stems[:i]), ""):
+        raise InputError(f"two files are called {twice}; a file is named by its modality")
     for path in paths:
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
@@ -61,8 +64,8 @@ def read_files(
             _add(parts, _of_arrays(found, path, notes))
         else:
             raise InputError(_unreadable(path))
-    _settle(sheets, frames, parts, known, notes)
-    for path, frame in frames.items():
+    refuse_two_commas(sheets.values())
+    for path, frame in _settled(sheets, frames, parts, known, notes).items():
         _add(parts, _of_frame(path, frame, labels, known, notes))
     return parts, notes
 
@@ -136,33 +139,35 @@ def _names_columns(x: np.ndarray, others: Iterable[np.ndarray]) -> bool:
     )
 
 
-# --- columns ---------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------
 
 
-def _settle(
+def _settled(
     sheets: Mapping[Path, Sheet],
-    frames: dict[Path, Frame],
+    frames: Mapping[Path, Frame],
     parts: Mapping[str, Part],
     known: Mapping[str, Known] | None,
     notes: list[Note],
-) -> None:
-    """Adds the frames of the sheets, with ids, of which some have headers that only others tell."""
+) -> dict[Path, Frame]:
+    """All tables with their ids; of some only the others tell whether they have a header."""
+    found = {path: _with_ids(path, frame, notes) for path, frame in frames.items()}
 
-    def settled(path: Path, header: bool | None) -> Frame:
+    def add(path: Path, header: bool) -> None:
         sheet = sheets[path]._replace(header=header)
         notes.append((path.name, "the first line is a header" if header else "there is no header"))
         notes.extend((path.name, what) for what in sheet.notes)
-        return sheet.frame()
+        found[path] = _with_ids(path, sheet.frame(), notes)
 
-    for path, frame in frames.items():
-        frames[path] = _with_ids(path, frame, notes)
     for path, sheet in sheets.items():
         if sheet.header is not None:
-            frames[path] = _with_ids(path, settled(path, sheet.header), notes)
-    open_ = [path for path, sheet in sheets.items() if sheet.header is None]
-    parts_ = [*parts.values(), *(Part(f.columns[0], f.ids) for f in frames.values())]
-    for path, header in _headers({path: sheets[path] for path in open_}, parts_, known).items():
-        frames[path] = _with_ids(path, settled(path, header), notes)
+            add(path, sheet.header)
+    _share_ids(found, parts, notes)
+    open_ = {path: sheet for path, sheet in sheets.items() if sheet.header is None}
+    others = [*parts.values(), *(Part(frame.columns[0], frame.ids) for frame in found.values())]
+    for path, header in _headers(open_, others, known).items():
+        add(path, header)
+    _share_ids(found, parts, notes)
+    return found
 
 
 def _with_ids(path: Path, frame: Frame, notes: list[Note]) -> Frame:
@@ -172,34 +177,72 @@ def _with_ids(path: Path, frame: Frame, notes: list[Note]) -> Frame:
     return frame
 
 
+def _share_ids(frames: dict[Path, Frame], parts: Mapping[str, Part], notes: list[Note]) -> None:
+    """Takes as ids whole numbers, another in every row, that come first in all of the files."""
+    ids = _ids([*parts.values(), *(Part(f.columns[0], f.ids) for f in frames.values())])
+    first = {path: _whole_numbers(frame) for path, frame in frames.items() if frame.ids is None}
+    if not ids and len(first) > 1 and not parts:
+        ids = set.intersection(*first.values())
+    shared = {path: 2 * len(cells & ids) >= len(cells) > 0 for path, cells in first.items()}
+    if any(part.ids is None for part in parts.values()) or not all(shared.values()):
+        return
+    for path in shared:
+        notes.append(
+            (path.name, "rows are joined by the first column, whole numbers that files share")
+        )
+        frame = frames[path]
+        cells = frame.columns[0].astype(str)
+        frames[path] = frame.after(1)._replace(ids=cells)
+
+
+def _ids(parts: Iterable[Part]) -> set[str]:
+    return {one for part in parts if part.ids is not None for one in part.ids}
+
+
+def _whole_numbers(frame: Frame) -> set[str]:
+    """Those of the first column, if there is another and they are unique."""
+    cells = frame.columns[0].astype(str)
+    unique = set(cells) if len(frame.columns) > 1 and all(map(str.isdigit, cells)) else set()
+    return unique if len(unique) == len(cells) else set()
+
+
 def _headers(
     sheets: Mapping[Path, Sheet], others: Sequence[Part], known: Mapping[str, Known] | None
 ) -> dict[Path, bool]:
-    """Whether the first lines are headers, as the other files have it."""
+    """Whether the first lines are headers, by the ids or the number of rows of the others."""
     found: dict[Path, bool] = {}
-    ids = {one for part in others if part.ids is not None for one in part.ids}
+    ids = _ids(others)
     for path, sheet in sheets.items():
-        head = sheet.lines[0][1]
+        head, *rest = [cells for _, cells in sheet.lines]
         if known is not None:
             names = known[path.stem].names if path.stem in known else None
             found[path] = set(names or ("",)) <= set(head)
-        elif ids and len(head) > 1 and any(line[0] in ids for _, line in sheet.lines[1:]):
+        elif ids and 2 * sum(cells[0] in ids for cells in rest) >= len(rest):
             found[path] = head[0] not in ids
-    rest = [path for path in sheets if path not in found]
-    lengths = {len(part.values) for part in others}
-    common = (
-        set.intersection(*({len(sheets[p].lines) - k for k in (0, 1)} for p in rest))
-        if rest
-        else set()
+        elif _may_have_ids(sheet):
+            raise _unclear(path, head)
+    left = {path: len(sheet.lines) for path, sheet in sheets.items() if path not in found}
+    rows = {len(part.values) for part in others}
+    for lines in left.values():
+        rows = rows & {lines, lines - 1} if rows else {lines, lines - 1}
+    if left and len(rows) > 1:
+        path = next(iter(left))
+        raise _unclear(path, sheets[path].lines[0][1])
+    return found | {path: lines - 1 in rows for path, lines in left.items()}
+
+
+def _may_have_ids(sheet: Sheet) -> bool:
+    frames = [sheet._replace(header=header).frame() for header in (False, True)]
+    try:
+        return any(take_ids(frame)[0].ids is not None for frame in frames)
+    except InputError:  # an id is missing, or there twice
+        return True
+
+
+def _unclear(path: Path, head: Sequence[str]) -> InputError:
+    return InputError(
+        f"{path}: the first line, {', '.join(head)}, may be a header or not; give the columns names"
     )
-    common &= lengths or common
-    if len(common) > 1:
-        head_ = ", ".join(sheets[rest[0]].lines[0][1])
-        raise InputError(
-            f"{rest[0]}: the first line, {head_}, may be a header or not; give the columns names"
-        )
-    rows = min(common, default=None)
-    return found | {path: len(sheets[path].lines) - 1 == rows for path in rest}
 
 
 def _of_frame(

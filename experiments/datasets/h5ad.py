@@ -1,13 +1,13 @@
 """Reading .h5ad and .h5mu files, of anndata and mudata; needs the extra "omics".
 
 A modality is X, called after the file, or of .h5mu one for each of `mod`. Rows are joined by
-obs_names. Of obs are read the columns groups and split, and as labels the one that is named, or
-called labels or label.
+obs_names. Of obs, the file's or else a modality's, are read the columns groups and split, and as
+labels the one that is named, or called labels or label.
 """
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ def read_h5ad(path: Path, labels: str = "") -> dict[str, Part]:
       InputError: it cannot be read, its library is not installed, or obs has no such column.
     """
     found = _opened(path)
-    ids = _names(found.obs_names)
-    several = path.suffix == ".h5mu"
-    modalities = dict(found.mod) if several else {path.stem: found}
+    modalities = {path.stem: found} if path.suffix == ".h5ad" else dict(found.mod)
     parts = {name: _modality(x, f"{path}, {name}") for name, x in modalities.items()}
-    for key, column in _of_obs(found.obs, path, labels):
-        values = frame_of(found.obs[[column]], str(path)).columns[0]
-        parts[key] = Part(values, ids)
+    tables = [found, *modalities.values()]
+    for key, column in _columns(tables, path, labels):
+        table = next(table for table in tables if column in table.obs)
+        values = frame_of(table.obs[[column]], str(path)).columns[0]
+        parts[key] = Part(values, _names(table.obs_names))
     return parts
 
 
@@ -64,12 +64,12 @@ def _names(index: Any) -> np.ndarray:
     return index.astype(str).to_numpy().astype(str)
 
 
-def _of_obs(obs: Any, path: Path, labels: str) -> Iterator[tuple[str, str]]:
-    """Keys, and the columns that they are read from."""
-    columns = list(map(str, obs.columns))
-    if labels and labels not in columns:
-        raise InputError(f"{path}: obs has no {labels}, only {', '.join(columns) or 'nothing'}")
-    chosen = labels or next((name for name in LABELS if name in columns), "")
+def _columns(tables: Sequence[Any], path: Path, labels: str) -> Iterator[tuple[str, str]]:
+    """Keys, and the columns of obs that hold them."""
+    names = {str(name) for table in tables for name in table.obs}
+    if labels and labels not in names:
+        raise InputError(f"{path}: obs has no {labels}, only {', '.join(sorted(names)) or 'ids'}")
+    chosen = labels or next((name for name in LABELS if name in names), "")
     if chosen:
         yield "labels", chosen
-    yield from ((name, name) for name in ("groups", "split") if name in columns and name != chosen)
+    yield from ((name, name) for name in ("groups", "split") if name in names and name != chosen)

@@ -97,16 +97,15 @@ def _counts(ids: np.ndarray, start: int) -> bool:
 
 def _refuse_two_counts(ids: Mapping[str, np.ndarray]) -> None:
     """Rows that one file counts from 0 and another from 1, each the whole of its rows."""
-    begins = {}
+    begins: dict[tuple[int, int], str] = {}
     for name, found in ids.items():
         numbers = np.sort(found.astype(np.int64)) if all(map(str.isdigit, found)) else found[:0]
         for start in (0, 1):
             if np.array_equal(numbers, np.arange(start, start + len(found))):
-                begins[start] = name
-    if len(begins) == 2:
-        raise InputError(
-            f"{begins[0]} counts its rows from 0 and {begins[1]} from 1; number them alike"
-        )
+                begins[start, len(found)] = name
+    for (start, rows), name in begins.items():
+        if other := begins.get((1 - start, rows)):
+            raise InputError(f"{name} and {other} count their rows from 0 and from 1; number alike")
 
 
 def _refuse_spellings(name: str, lacking: np.ndarray, others: np.ndarray) -> None:
