@@ -3,7 +3,9 @@
     python -m experiments.export RUN_DIR            (writes RUN_DIR/model.zip)
 
 The file holds a program of `jax.export` and `about.json`. `python -m experiments.predict` runs it,
-and so can anything that has JAX: none of the project's code is needed.
+and so can anything that has JAX: none of the project's code is needed. Where `about.json` has
+`prepare`, the program takes (x - mean) / deviation of every modality, computed in float64, as
+float32; a value that is not known (NaN) is 0 there, unless its whole position is NaN.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from jax import export as jax_export
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import read_json, versions
+from experiments.datasets.features import Recipe
 from experiments.run import EXPERIMENTS, Job, experiment
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import saved_config
@@ -85,17 +88,31 @@ def restored(job: Job, config: Any, run_dir: Path) -> Variables:
 
 
 def program(job: Job, variables: Variables) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Inputs as the data have them → {"prediction", and of a solver "converged", …} per row."""
+    """Inputs as those of the data set → {"prediction", and of a solver "converged", …} per row."""
 
     def predict(inputs: dict[str, Any]) -> dict[str, Any]:
-        prepared = job.prepare(inputs)
-        found: Any = job.task.model.apply(variables._asdict(), prepared, train=False)
+        found: Any = job.task.model.apply(variables._asdict(), inputs, train=False)
         out = {"prediction": job.task.probabilities(found.logits)}
         if (stats := found.fusion.stats) is not None:
             out |= {"converged": stats.converged, "steps": stats.steps, "residual": stats.residual}
         return out
 
     return predict
+
+
+def preparation(recipe: Recipe | None) -> dict[str, Any] | None:
+    """What about.json says of how the program's inputs are made."""
+    if recipe is None:
+        return None
+    return {
+        name: {
+            "mean": mean.tolist(),
+            "deviation": deviation.tolist(),
+            "columns": recipe.known[name].names,
+            "words": recipe.known[name].words,
+        }
+        for name, (mean, deviation) in recipe.moments.items()
+    }
 
 
 def export(run_dir: Path, out: Path) -> None:
@@ -114,6 +131,7 @@ def export(run_dir: Path, out: Path) -> None:
         "classes": job.dataset.classes,
         "several": np.ndim(job.dataset.test.labels) == 2,
         "inputs": {name: [list(x.shape[1:]), str(x.dtype)] for name, x in examples.items()},
+        "prepare": preparation(job.recipe),
         "solver": {"tol": config.tol} if config.fusion in ("deq", "weight_tied") else None,
         "versions": versions(),
     }

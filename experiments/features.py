@@ -2,6 +2,7 @@
 
     python -m experiments.features data.npz
     python -m experiments.features image.csv text.csv labels.csv
+    python -m experiments.features rna.h5ad protein.h5ad --labels diagnosis
 
 See `experiments.datasets.features` for what the file may hold; what is to be learned is found out
 from the labels, and how long to train from the number of rows (`experiments.training.settings`).
@@ -11,10 +12,8 @@ prediction that looks at nothing and a linear model of the same rows.
 """
 
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +28,9 @@ from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import Dataset, Split
-from experiments.datasets.features import RARE, Kind, Table, read, rows_by_class, sha256, strata
+from experiments.datasets.features import Recipe, Table, read, sha256, strata
+from experiments.datasets.found import what_was_found
+from experiments.datasets.labels import Kind, Wanted
 from experiments.datasets.preprocess import draw_split, moments, scaled
 from experiments.models.missing import ModalityDropout, presence
 from experiments.models.targets import TARGETS, floors
@@ -45,7 +46,9 @@ class Config(CommonConfig):
     """Fusion of your own features.
 
     Attributes:
-      data: an .npz file with a key per modality and "labels", or .csv files called after them.
+      data: an .npz file with a key per modality and "labels", or files called after them.
+      labels: the column of the labels, where a file has several.
+      task: what to learn; auto: found out from the labels.
       hidden: width of the encoders' hidden layer.
       positions: ordered, where the order of the positions of sequences and images tells something,
         or their mean.
@@ -59,6 +62,8 @@ class Config(CommonConfig):
     POSITIONAL: ClassVar = ("data",)
 
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
+    labels: str = ""
+    task: Wanted = "auto"
     features: int = 64
     hidden: int = 128
     positions: Positions = "ordered"
@@ -80,7 +85,7 @@ class Config(CommonConfig):
 def parse_args(args: Sequence[str]) -> Config:
     config = parse(Config(), args, "python -m experiments.features")
     if not config.data:
-        raise InputError("nothing to read; give an .npz file, or a .csv file per modality")
+        raise InputError("nothing to read; give an .npz file, or a file per modality")
     return replace(config, data_sha256=sha256(config.data))
 
 
@@ -118,9 +123,11 @@ class FeaturesModel(nn.Module):
 # --- the data ----------------------------------------------------------------------------------
 
 
-def prepare(table: Table, seed: int) -> tuple[Dataset, Callable[[dict], dict]]:
-    """Train, validation and test as the file splits them, or drawn; standardised, and how."""
-    split = draw_split(strata(table), seed) if table.split is None else table.split
+def prepare(table: Table, seed: int) -> tuple[Dataset, Recipe]:
+    """Train, validation and test as the file splits them, or drawn; standardised, and by what."""
+    split = table.split
+    if split is None:
+        split = draw_split(strata(table), seed, table.groups)
 
     def part(number: int) -> Split:
         rows = np.flatnonzero(split == number)
@@ -130,70 +137,19 @@ def prepare(table: Table, seed: int) -> tuple[Dataset, Callable[[dict], dict]]:
     found = moments(parts[0])
     train, validation, test = (p._replace(inputs=scaled(p.inputs, found)) for p in parts)
     dataset = Dataset(table.name, "real", table.classes, train, validation, test)
-    return dataset, partial(scaled, found=found, xp=jnp)
+    return dataset, Recipe(found, table.known)
 
 
-def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
-    """Lines that tell what was read, and what may be wrong with it."""
-    kind = f"{table.kind}, {len(table.classes)} classes" if table.classes else table.kind
-    yield f"{table.name}: {len(table.labels)} rows, {kind}"
-    for name, x in table.modalities.items():
-        yield f"  {name} {list(x.shape[1:])}{_unknown(x)}"
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    drawn = "drawn with equal shares of the labels" if table.split is None else "as given"
-    sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in parts.items() if part)
-    yield f"  {sizes} rows, {drawn}"
-    yield from _labels_found(table, dataset)
-    columns = sum(x[0].size for x in table.modalities.values())
-    if columns > 10 * len(dataset.train.labels):
-        yield (
-            f"Note: {columns:,} features of {len(dataset.train.labels):,} training rows are easily "
-            "learned by heart;\n      fewer features, or a larger --dropout, may help."
-        )
-
-
-def _unknown(x: np.ndarray) -> str:
-    """How much of a modality is NaN: rows, positions, and single values."""
-    nan = np.isnan(x)
-    rows, positions = nan.all(axis=tuple(range(1, x.ndim))).sum(), nan.all(axis=-1).sum()
-    padding = positions - rows * x[0, ..., 0].size
-    single = nan.sum() - positions * x.shape[-1]
-    counts = [
-        (rows, "missing in {:,} rows"),
-        (padding, "padded at {:,} positions"),
-        (single, "{:,} unknown values take the mean"),
-    ]
-    return "".join(", " + text.format(count) for count, text in counts if count)
-
-
-def _labels_found(table: Table, dataset: Dataset) -> Iterator[str]:
-    """Rows by class, or where the numbers lie."""
-    labels = table.labels
-    if table.kind == "regression":
-        yield f"  labels {labels.min():.4g} to {labels.max():.4g}, mean {labels.mean():.4g}"
-        if len(np.unique(labels)) <= 20 and (labels == labels.round()).all():
-            yield "Note: whole numbers saved as floats are a regression; for classes save integers."
-        return
-    count, learned = (rows_by_class(x, len(table.classes)) for x in (labels, dataset.train.labels))
-    most = np.argsort(-count, kind="stable")
-    by_class = ", ".join(f"{table.classes[i]}: {count[i]}" for i in most)
-    yield "  " + textwrap.shorten(by_class, 78, placeholder=" …")
-    if table.split is None and (rare := (count < RARE).sum()):
-        yield f"Note: rows of classes with fewer than {RARE} ({rare} classes) stay in train."
-    if idle := [table.classes[i] for i in np.flatnonzero(learned == 0)]:
-        yield textwrap.shorten(f"Note: no training row is of {', '.join(idle)}.", 80)
-
-
-def load(config: Config) -> tuple[Kind, Dataset, Callable[[dict], dict]]:
+def load(config: Config) -> tuple[Kind, Dataset, Recipe]:
     """What kind of labels the files hold, the data, how they were made; says what was found."""
-    table = read(config.data)
+    table = read(config.data, config.labels, config.task)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
     build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data
-    dataset, standardised = prepare(table, config.seed)
+    dataset, recipe = prepare(table, config.seed)
     for line in what_was_found(table, dataset):
         print(line)
-    return table.kind, dataset, standardised
+    return table.kind, dataset, recipe
 
 
 # --- the job -----------------------------------------------------------------------------------
@@ -201,7 +157,7 @@ def load(config: Config) -> tuple[Kind, Dataset, Callable[[dict], dict]]:
 
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
-    kind, dataset, standardised = load(config)
+    kind, dataset, recipe = load(config)
     fusion = change(build_fusion(config, tuple(dataset.train.inputs)))
     target = TARGETS[kind](dataset)
     task = Task(
@@ -223,7 +179,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
     beside = floors(dataset, target)
-    return Job("features", dataset, task, optimiser, schedule, *beside, standardised)
+    return Job("features", dataset, task, optimiser, schedule, *beside, recipe)
 
 
 def run(config: Config) -> Results:

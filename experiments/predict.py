@@ -1,19 +1,22 @@
-"""Predictions of an exported model for the rows of an .npz file.
+"""Predictions of an exported model for rows of features.
 
     python -m experiments.predict model.zip --data data.npz            (writes predictions.csv)
+    python -m experiments.predict model.zip --data image.csv text.csv
 
-The file has a key per modality with N rows each, as the model was trained on; `labels`, `split` and
-`mask` are not read. predictions.csv has a line a row: what is predicted, the probability of every
-class, and of a fusion with a solver whether the row converged, its steps and its residual. A row
-that did not converge is predicted all the same: look at it with care.
+The files are read as `experiments.features` reads them, and joined by their ids; labels, split and
+groups are not looked at. predictions.csv has a line a row: its id, what is predicted, the
+probability of every class, of a fusion with a solver whether the row converged, its steps and its
+residual, and which modalities are missing. A row that did not converge is predicted all the same:
+look at it with care. One of which nothing is there is not.
 """
 
 import csv
 import io
 import json
 import sys
+import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,11 +28,14 @@ from jax import export as jax_export
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import write_text
-from experiments.datasets.npz import read_npz
+from experiments.common.files import make_folder, write_text
+from experiments.datasets.features import hide, missing, modality
+from experiments.datasets.files import Known, merged, read_files
+from experiments.datasets.join import joined
+from experiments.datasets.preprocess import scaled
 
 STATS = ("converged", "steps", "residual")
-IGNORED = {"labels", "split", "mask"}
+IGNORED = ("labels", "split", "groups")
 ROWS = 1024  # at a time
 
 
@@ -39,14 +45,14 @@ class Config:
 
     Attributes:
       model: what `python -m experiments.export` wrote.
-      data: an .npz file with a key per modality.
+      data: an .npz file with a key per modality, or files called after them.
       out: the .csv file to write.
     """
 
     POSITIONAL: ClassVar = ("model",)
 
     model: tyro.conf.Positional[Path | None] = None
-    data: Path | None = None
+    data: tuple[Path, ...] = ()
     out: Path = Path("predictions.csv")
 
 
@@ -59,7 +65,7 @@ class Model(NamedTuple):
 
 def parse_args(args: Sequence[str]) -> Config:
     config = parse(Config(), args, "python -m experiments.predict")
-    if config.model is None or config.data is None:
+    if config.model is None or not config.data:
         raise InputError("give a model and its data: predict model.zip --data data.npz")
     return config
 
@@ -81,27 +87,72 @@ def read_model(path: Path) -> Model:
         ) from error
 
 
-def read_inputs(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The modalities of the file, as the model takes them."""
-    found = {name: x for name, x in read_npz(path).items() if name not in IGNORED}
-    wanted = about["inputs"]
-    if set(found) != set(wanted):
-        raise InputError(f"{path} holds {', '.join(found)}; the model reads {', '.join(wanted)}")
-    inputs = {}
-    for name, (shape, dtype) in wanted.items():
-        x = found[name]
-        if x.ndim == 1 and shape == [1]:
-            x = x[:, None]
-        if x.dtype.kind not in "biuf" or list(x.shape[1:]) != shape or not len(x):
-            raise InputError(
-                f"{path}: {name} is {x.dtype} {x.shape}; the model reads numbers [N, "
-                f"{', '.join(map(str, shape))}]"
-            )
-        inputs[name] = x.astype(dtype)
-    rows = {name: len(x) for name, x in inputs.items()}
-    if len(set(rows.values())) > 1:
-        raise InputError(f"{path} has {rows} rows; expected as many of each modality")
-    return inputs
+class Rows(NamedTuple):
+    """Rows that are to be predicted.
+
+    Attributes:
+      inputs: {name: [N, …]} as the model's program takes them.
+      missing: {name: [N] bool}; what is not there.
+      ids: [N] text; None: they have none.
+      notes: what was guessed.
+    """
+
+    inputs: dict[str, np.ndarray]
+    missing: dict[str, np.ndarray]
+    ids: np.ndarray | None
+    notes: list[str]
+
+
+def read_rows(paths: Sequence[Path], about: Mapping[str, Any]) -> Rows:
+    """The rows of files, as the model takes them.
+
+    Raises:
+      InputError: they hold something else than the model reads.
+    """
+    prepare = about.get("prepare")
+    known = {
+        name: Known(tuple(how["columns"]) if how["columns"] else None, how["words"])
+        for name, how in (prepare or {}).items()
+    }
+    parts, guessed = read_files(paths, known=known)
+    parts = {name: part for name, part in parts.items() if name not in IGNORED}
+    arrays, ids, notes = joined(parts)
+    mask = arrays.pop("mask", None)
+    wanted, called = about["inputs"], ", ".join(map(str, paths))
+    if set(arrays) != set(wanted):
+        raise InputError(
+            f"{called} holds {', '.join(arrays) or 'nothing'}; the model reads {', '.join(wanted)}"
+        )
+    length = {name: len(x) if x.ndim else 0 for name, x in arrays.items()}
+    if len(set(length.values())) > 1:
+        raise InputError(f"{called} has {length} rows; expected as many of each modality")
+    inputs = {name: _checked(name, arrays[name], *wanted[name]) for name in wanted}
+    if mask is not None:
+        if still := [name for name, x in inputs.items() if x.dtype.kind != "f"]:
+            raise InputError(f"mask: {still[0]} of this model cannot be missing; leave mask out")
+        hide(inputs, mask, parts["mask"].names)
+    lacks = {name: missing(x) for name, x in inputs.items()}
+    if prepare:
+        moments = {n: (np.array(x["mean"]), np.array(x["deviation"])) for n, x in prepare.items()}
+        inputs = scaled(inputs, moments)
+    inputs = {name: inputs[name].astype(dtype) for name, (_, dtype) in wanted.items()}
+    return Rows(inputs, lacks, ids, [*merged(guessed), *notes])
+
+
+def _checked(name: str, x: np.ndarray, shape: list[int], dtype: str) -> np.ndarray:
+    """A modality with the model's shape; of floats in all their digits."""
+    if x.ndim == 1 and shape == [1]:
+        x = x[:, None]
+    if x.dtype.kind not in "biuf" or list(x.shape[1:]) != shape or not len(x):
+        raise InputError(
+            f"{name} is {x.dtype} {x.shape}; the model reads numbers [N, "
+            f"{', '.join(map(str, shape))}]"
+        )
+    if np.dtype(dtype).kind == "f":
+        return modality(name, x, len(x))
+    if x.dtype.kind == "f" and not np.array_equal(x, np.round(x)):  # so nor is NaN
+        raise InputError(f"{name} has numbers that the model, of {dtype}, cannot take")
+    return x
 
 
 def predict(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -114,32 +165,78 @@ def predict(model: Model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def table(found: dict[str, np.ndarray], about: dict[str, Any]) -> Iterator[list[Any]]:
+def refuse_unless_honoured(model: Model, rows: Rows) -> None:
+    """Raises InputError if a modality is missing and the model knows no such thing."""
+    for name, lacks in rows.missing.items():
+        if not lacks.any():
+            continue
+        first = {key: np.nan_to_num(x[:1]) for key, x in rows.inputs.items()}
+        first[name] = np.full_like(first[name], np.nan)
+        if not np.isfinite(predict(model, first)["prediction"]).all():
+            raise InputError(
+                f"{name} is missing in {lacks.sum():,} rows, and this model cannot do without it; "
+                "leave such rows out"
+            )
+
+
+def is_predicted(found: Mapping[str, np.ndarray], rows: Rows) -> np.ndarray:
+    """[N] bool: something is there, and what came out is a number."""
+    finite = np.isfinite(found["prediction"]).reshape(len(found["prediction"]), -1).all(axis=1)
+    return finite & ~np.all(list(rows.missing.values()), axis=0)
+
+
+def table(
+    found: Mapping[str, np.ndarray], rows: Rows, about: Mapping[str, Any]
+) -> Iterator[list[Any]]:
     """The lines of predictions.csv, the header first."""
     classes, stats = about["classes"], [name for name in STATS if name in found]
-    yield ["row", "prediction", *classes, *stats]
+    several, known = about["several"], is_predicted(found, rows)
+    yield ["row" if rows.ids is None else "id", "prediction", *classes, *stats, "missing"]
     for row, value in enumerate(found["prediction"]):
+        name = row if rows.ids is None else rows.ids[row]
+        lacks = ";".join(name for name, where in rows.missing.items() if where[row])
+        if not known[row]:
+            yield [name, "", *("" for _ in classes), *(False, "", "")[: len(stats)], lacks]
+            continue
         if not classes:
             chosen, shares = f"{value:.6g}", []
         else:
             names = [classes[i] for i in np.flatnonzero(value > 0.5)]
-            chosen = ";".join(names) if about["several"] else classes[value.argmax()]
+            chosen = ";".join(names) if several else classes[value.argmax()]
             shares = [f"{share:.6g}" for share in value]
-        yield [row, chosen, *shares, *(found[name][row] for name in stats)]
+        yield [name, chosen, *shares, *(found[stat][row] for stat in stats), lacks]
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError if no file can be written there."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; give a file")
+    make_folder(path.parent, "--out, in")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
 
 
 @exit_cleanly()
 def main() -> None:
     config = parse_args(sys.argv[1:])
-    assert config.model is not None and config.data is not None
+    assert config.model is not None
+    check_writable(config.out)
     model = read_model(config.model)
-    found = predict(model, read_inputs(config.data, model.about))
+    rows = read_rows(config.data, model.about)
+    for note in rows.notes:
+        print(f"Note: {note}.")
+    refuse_unless_honoured(model, rows)
+    found = predict(model, rows.inputs)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table(found, model.about))
+    csv.writer(text, lineterminator="\n").writerows(table(found, rows, model.about))
     write_text(config.out, text.getvalue())
-    rows = len(found["prediction"])
-    print(f"{rows:,} rows by a model of {model.about['data']}: {config.out}")
-    if "converged" in found and (lost := int((~found["converged"]).sum())):
+    known = is_predicted(found, rows)
+    print(f"{len(known):,} rows by a model of {model.about['data']}: {config.out}")
+    if empty := int((~known).sum()):
+        print(f"{empty:,} of them are not predicted, as nothing of them is there.")
+    if "converged" in found and (lost := int((known & ~found["converged"]).sum())):
         print(f"{lost:,} of them did not converge: False in the column converged.")
 
 

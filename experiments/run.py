@@ -40,6 +40,7 @@ from experiments.common.files import (
 from experiments.common.page import page
 from experiments.common.stopping import StoppedError, StopRequest
 from experiments.datasets import Dataset
+from experiments.datasets.features import Recipe
 from experiments.reporting.pictures import confusion_of, draw
 from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
@@ -72,7 +73,7 @@ class Job(NamedTuple):
       task, optimiser, schedule: what to learn, and how.
       floors: further rows of the table: {name: test metrics}.
       notes: sentences for the terminal and the report.
-      prepare: from the inputs as the data have them to those of `dataset`; traceable.
+      recipe: how inputs as the data have them become those of `dataset`; None: they are those.
     """
 
     experiment: str
@@ -82,7 +83,7 @@ class Job(NamedTuple):
     schedule: Schedule
     floors: Mapping[str, Metrics] = {}
     notes: Sequence[str] = ()
-    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    recipe: Recipe | None = None
 
 
 def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) -> Results:

@@ -95,7 +95,7 @@ X, CLASSES = RNG.standard_normal((12, 3)), np.arange(12) % 3
     ("arrays", "complaint"),
     [
         ({"a": X, "labels": CLASSES[:11]}, "a is float64 (12, 3); expected numbers [11, …]"),
-        ({"a": X, "labels": CLASSES.astype(object)}, "no object arrays"),
+        ({"a": X, "labels": CLASSES.astype(object)}, "labels is an object array"),
         ({"a": X, "b": np.full((12, 2), np.nan), "labels": CLASSES}, "b is missing in every row"),
         ({"a": X, "labels": np.ones(12, int)}, "labels are 1 in every row"),
         ({"a": X, "labels": CLASSES - 1}, "row 0 is -1; classes are counted from 0"),
@@ -163,17 +163,18 @@ class TestWhatIsSaid:
         a = RNG.standard_normal((60, 5, 2))
         a[0], a[1, 3:], a[2, 0, 0] = np.nan, np.nan, np.nan
         labels = np.repeat(["cat", "dog", "owl"], [40, 18, 2])
-        assert said(a=a, labels=labels).splitlines() == [
+        assert said(a=a, b=np.ones(60), labels=labels).splitlines() == [
             "data: 60 rows, multiclass, 3 classes",
             "  a [5, 2], missing in 1 rows, padded at 2 positions, 1 unknown values take the mean",
+            "  b [1]",
             "  42 train, 9 validation, 9 test rows, drawn with equal shares of the labels",
             "  cat: 40, dog: 18, owl: 2",
             "Note: rows of classes with fewer than 3 (1 classes) stay in train.",
         ]
 
     def test_what_may_be_wrong(self, said):
-        text = said(a=np.zeros((30, 300)), labels=np.arange(30) % 3 * 1.0)
-        assert "labels 0 to 2, mean 1" in text and "for classes save integers" in text
+        text = said(a=np.zeros((30, 300)), labels=np.arange(30) * 2.0)
+        assert "labels 0 to 58, mean 29" in text and "--task classes if they are not" in text
         assert "Note: 300 features of 20 training rows" in text
         split = np.repeat([0, 1, 2], 10)
         text = said(a=np.zeros((30, 3)), labels=np.repeat([0, 1, 2], [5, 15, 10]), split=split)

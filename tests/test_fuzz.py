@@ -1,11 +1,14 @@
 """Damaged files: each reader either reads what it is given or says in one line what is wrong.
 
 python -m pytest tests/test_fuzz.py --hypothesis-profile thorough      (12,000 files)
+
+And whole files of a known table, written in many ways: read as that table, or refused.
 """
 
 import json
 import pickle
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -174,3 +177,167 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(prepared, reader):
             assert str(error).strip()
 
     check()
+
+
+# --- CSV files of a known table --------------------------------------------------------------
+
+WORDS = ("NA", "", "?", "nan", "N/A", "null", "-", "None", "#N/A")
+IDS = {  # what may stand over the ids, and what they are
+    "index": (("",), lambda rng, rows: rng.permutation(900)[:rows].astype(str)),
+    "counted": (("", "id"), lambda rng, rows: np.arange(rows).astype(str)),
+    "padded": (
+        ("", "patient_id"),
+        lambda rng, rows: np.char.zfill(rng.permutation(999)[:rows].astype(str), 4),
+    ),
+    "words": (
+        ("", "sample", "code"),
+        lambda rng, rows: np.char.add("p", rng.permutation(99)[:rows].astype(str)),
+    ),
+    "numbers": (("mouse", "id"), lambda rng, rows: rng.permutation(900)[:rows].astype(str)),
+    "none": ((), lambda rng, rows: np.arange(rows).astype(str)),
+}
+
+
+class Form:
+    """How one file writes its cells."""
+
+    def __init__(self, rng, ids):
+        def pick(*options):
+            return options[rng.integers(len(options))]
+
+        self.ids = ids
+        self.separator = pick(",", ",", ";", "\t")
+        self.decimal = pick(".", ",") if self.separator != "," else "."
+        self.end = pick("\n", "\r\n")
+        self.encoding = pick("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1")
+        heads = ["names", "names", "accents", "counted", "none"] + (
+            ["years"] if ids != "none" else []
+        )
+        self.header = pick(*heads)
+        self.over_ids = pick(*(IDS[ids][0] or ("",)))
+        chances = rng.random(4) < (0.3, 0.1, 0.1, 0.2)
+        self.quotes, self.trailing, self.comment, self.blank = map(int, chances)
+        self.unknown = pick(*WORDS)
+
+    def number(self, value):
+        if np.isnan(value):
+            return self.unknown
+        text = repr(float(value)).removesuffix(".0" if value % 2 else "")
+        return text.replace(".", self.decimal)
+
+    def cell(self, text):
+        return f'"{text}"' if self.quotes or self.separator in text else text
+
+    def write(self, path, names, columns, ids):
+        head = {
+            "names": names,
+            "accents": [f"é{name}" for name in names],
+            "counted": map(str, range(len(names))),
+            "years": (str(2001 + i) for i in range(len(names))),
+            "none": None,
+        }[self.header]
+        lines = (
+            list(zip(*columns, strict=True))
+            if self.ids == "none"
+            else list(zip(ids, *columns, strict=True))
+        )
+        if head is not None:
+            lines.insert(0, (*(() if self.ids == "none" else (self.over_ids,)), *head))
+        trail = self.separator if self.trailing else ""
+        text = [self.separator.join(map(self.cell, line)) + trail for line in lines]
+        text = ["# made by hand, in 2020"] * self.comment + text + [""] * (1 + 2 * self.blank)
+        path.write_bytes(self.end.join(text).encode(self.encoding))
+
+
+def known_table(folder, seed):
+    """CSV files, and what is in them: {modality: [N, d]} and labels, in the order of labels.csv."""
+    rng = np.random.default_rng(seed)
+    style, rows = rng.choice(list(IDS)), int(rng.integers(12, 30))
+    ids, mixed = IDS[style][1](rng, rows), style != "none"
+    one = Form(rng, style)
+
+    def order():
+        return rng.permutation(rows) if mixed else np.arange(rows)
+
+    def form():
+        return one if rng.random() < 0.6 else Form(rng, style)
+
+    labels, columns = known_labels(rng, rows, by := form())
+    lines = order()
+    by.write(
+        folder / "labels.csv",
+        ["label", "two", "three"][: len(columns)],
+        [np.array(c)[lines] for c in columns],
+        ids[lines],
+    )
+    expected = {}
+    for name in "ab":
+        by, kept = form(), order()
+        if mixed and rng.random() < 0.5:
+            kept = kept[int(rng.integers(4)) :]
+        x = np.round(
+            rng.standard_normal((rows, rng.integers(1, 5))) * rng.choice([1, 1000]), rng.integers(5)
+        )
+        x[rng.random(x.shape) < rng.choice([0, 0.1])] = np.nan
+        columns = [np.array([by.number(value) for value in column])[kept] for column in x.T]
+        if rng.random() < 0.2:
+            sex = rng.permutation(np.arange(rows) % 2)
+            columns.append(np.array(["f", "m"])[sex][kept])
+            x = np.column_stack([x, sex])
+        by.write(
+            folder / f"{name}.csv", [f"{name}{i}" for i in range(len(columns))], columns, ids[kept]
+        )
+        expected[name] = np.full(x.shape, np.nan)
+        expected[name][kept] = x[kept]
+    there = np.any([~np.isnan(x).all(axis=1) for x in expected.values()], axis=0)[lines]
+    return {name: x[lines][there] for name, x in expected.items()}, labels[lines][there]
+
+
+def known_labels(rng, rows, form):
+    """Labels as they are to be read, by name or as numbers, and the columns that hold them."""
+    classes = rng.permutation(np.arange(rows) % 3)
+    kind = rng.choice(["words", "sentences", "integers", "floats", "one-hot"])
+    if kind == "floats":
+        values = np.round(rng.standard_normal(rows) * 50, 3)
+        return np.float32(values), [[form.number(value) for value in values]]
+    if kind == "one-hot":
+        return classes, list(np.eye(3, dtype=int)[classes].astype(str).T)
+    words = {"words": ["cat", "big dog", "eel"], "sentences": ["a, b", "c; d", "e\tf"]}
+    if kind == "integers":
+        return np.array([f"class {i}" for i in classes]), [classes.astype(str)]
+    named = np.array(words[kind])[classes]
+    return named, [named]
+
+
+def read_known(folder, seed):
+    """ "right", "refused", or what is different."""
+    for path in folder.glob("*.csv"):
+        path.unlink()
+    expected, labels = known_table(folder, seed)
+    try:
+        found = features.read([folder / f"{name}.csv" for name in ("a", "b", "labels")])
+    except InputError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    got = found.labels
+    if found.kind == "multiclass" and labels.dtype.kind == "U":
+        got = np.array(found.classes)[found.labels]
+    same = np.array_equal(got, labels) and all(
+        np.array_equal(x, found.modalities[name], equal_nan=True) for name, x in expected.items()
+    )
+    return "right" if same else f"seed {seed} is read differently"
+
+
+def check_known_tables(folder, seeds, right):
+    count = Counter(read_known(folder, seed) for seed in seeds)
+    assert set(count) <= {"right", "refused"}, count
+    assert count["right"] >= right * len(seeds), count
+
+
+def test_csv_files_are_read_as_the_known_table_or_refused(tmp_path):
+    check_known_tables(tmp_path, range(100), 0.8)
+
+
+@pytest.mark.slow
+def test_more_csv_files_of_known_tables(tmp_path):
+    check_known_tables(tmp_path, range(100, 2100), 0.8)

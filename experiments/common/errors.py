@@ -45,8 +45,9 @@ def exit_cleanly() -> Iterator[None]:
     Use it around a program, ``with exit_cleanly():``, or on its main, ``@exit_cleanly()``.
     Any other exception passes through: it is a bug, and its traceback is wanted.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # "?" for what its encoding does not have
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show
     try:
         yield
     except InputError as error:

@@ -1,6 +1,7 @@
 """The memory of this process: what it takes, what of that is in use, and giving back the rest."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -49,3 +50,8 @@ def release_memory() -> None:
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if malloc_trim:
             malloc_trim(0)
+
+
+def total_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,86 +1,293 @@
-"""Reading .csv files from outside: with or without a header, empty cells and pandas' row numbers.
+"""Reading .csv files from outside: what separates their cells, and whether names come first.
 
-A first line with a word in it is a header, and left out. Under a header that begins with an empty
-cell the first column numbers the rows, as pandas writes it, and is left out as well.
+Commas, semicolons, tabs, bars or spaces; UTF-8, or UTF-16 with its mark; quoted cells; a decimal
+comma where commas separate nothing. Lines at the top that begin with # are comments, or the header
+if they have as many cells as the others. What cannot be told is refused.
 """
 
 import csv
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from experiments.common.errors import InputError
-from experiments.datasets.numbers import to_float32
+from experiments.datasets.columns import Frame, is_id_name, is_number, is_unknown
 
-UNKNOWN = ("", "NA")
+SUFFIXES = (".csv", ".tsv", ".txt")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+TRIED = 200  # lines that show what separates the cells
+TARGETS = {"label", "class", "category", "target", "outcome", "diagnosis", "y", "group"}
+_COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 
-
-def read_numbers(path: Path) -> np.ndarray:
-    """[N, d] float32; NaN where a cell is empty or NA."""
-    rows: list[np.ndarray] = []
-    for i, (line, cells) in enumerate(_lines(path)):
-        wrong = next((cell for cell in cells if _number(cell) is None), None)
-        if wrong is None:
-            rows.append(to_float32(np.array([_number(cell) for cell in cells], np.float64)))
-        elif i:
-            raise InputError(f"{path}, line {line}: {wrong!r} is not a number")
-    if not rows:
-        raise InputError(f"{path} holds no line of numbers")
-    return np.stack(rows)
+Line = tuple[int, list[str]]  # its number in the file, and its cells
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """[N, C]: integers if all cells are, floats if they are numbers, else words.
+class Sheet(NamedTuple):
+    """The cells of a file as text.
 
-    Words are returned with their header, if there is one: it cannot be told apart here.
+    Attributes:
+      source: the file.
+      lines: all of the same number of cells.
+      header: whether the first line holds names; None: this file alone does not tell.
+      commas: what they do: separate cells, or stand in numbers as "decimal"; "": nothing.
+      notes: what was guessed.
     """
-    lines = [cells for _, cells in _lines(path)]
-    for rows in (lines, lines[1:]):
-        for dtype in (np.int64, np.float64):
-            with suppress(ValueError, OverflowError):
-                return np.array(rows, dtype)
-    return np.array(lines)
+
+    source: str
+    lines: list[Line]
+    header: bool | None
+    commas: str
+    notes: list[str]
+
+    def frame(self) -> Frame:
+        """Its columns, once it is known whether there is a header."""
+        head, body = (self.lines[0][1], self.lines[1:]) if self.header else (None, self.lines)
+        if not body:
+            raise InputError(f"{self.source} holds no line of numbers")
+        if head and len(set(head)) < len(head):
+            name = next(name for i, name in enumerate(head) if name in head[:i])
+            raise InputError(f"{self.source}: two columns are called {name!r}; rename one")
+        numbers, cells = zip(*body, strict=True)
+        columns = [np.array(column) for column in zip(*cells, strict=True)]
+        return Frame(self.source, tuple(head) if head else None, columns, None, numbers)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of every line that is not blank, without pandas' row numbers."""
-    width = first = 0
+def read_sheet(path: Path) -> Sheet:
+    """Reads a .csv file.
+
+    Raises:
+      InputError: in one line, what is wrong in which line.
+    """
+    text, notes = _text(path), list[str]()
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            for cells in reader:
-                if not cells:
-                    continue
-                width = width or len(cells)
-                if len(cells) != width:
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells; expected {width}, as "
-                        "in the first line"
-                    )
-                cells = [cell.strip() for cell in cells]
-                if reader.line_num == 1 and _heads_row_numbers(cells):
-                    first = 1
-                else:
-                    yield reader.line_num, cells[first:]
-    except (OSError, UnicodeError, csv.Error) as error:
+        separator = _separator(path, text)
+        lines = list(_parsed(text, separator))
+    except csv.Error as error:
         raise InputError(f"{path} cannot be read as a .csv file: {error}") from error
+    if separator != ",":
+        notes.append(f"cells are separated by {SEPARATORS.get(separator, 'spaces')}")
+    lines = _without_comments(lines, notes)
+    lines = _of_one_width(path, lines, notes)
+    commas = "separator" if separator == "," else ""
+    if _has_decimal_commas(path, lines, separator):
+        commas = "decimal"
+        notes.append("the decimal sign is a comma")
+        lines = [(number, [_with_point(cell) for cell in cells]) for number, cells in lines]
+    return Sheet(str(path), lines, _header([cells for _, cells in lines]), commas, notes)
 
 
-def _heads_row_numbers(cells: Sequence[str]) -> bool:
-    names = cells[1:]
-    words = any(_number(name) is None for name in names)
-    return (
-        cells[0] == "" and bool(names) and (words or names == [str(i) for i in range(len(names))])
-    )
-
-
-def _number(cell: str) -> float | None:
-    if cell in UNKNOWN:
-        return math.nan
+def _text(path: Path) -> str:
     try:
-        return float(cell)
-    except ValueError:
-        return None
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a .csv file: {error.strerror}") from error
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeError as error:
+        line = data[: getattr(error, "start", 0)].count(b"\n") + 1
+        raise InputError(
+            f"{path} cannot be read as a .csv file: line {line} is not "
+            f"{'UTF-16' if wide else 'UTF-8, perhaps Latin-1'}; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise InputError(f"{path} cannot be read as a .csv file: null bytes; save it as UTF-8")
+    return text
+
+
+# --- cells -----------------------------------------------------------------------------------
+
+
+def _parsed(text: str, separator: str) -> Iterator[Line]:
+    lines: Iterator[str] = io.StringIO(text, newline="")
+    if separator == " ":
+        lines = (" ".join(line.split()) for line in lines)
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ", strict=True)
+    for cells in reader:
+        yield reader.line_num, [cell.strip() for cell in cells]
+
+
+def _separator(path: Path, text: str) -> str:
+    """What makes lines of equally many cells, of which the fewest look as if cut wrongly."""
+    found: dict[str, int] = {}
+    for separator in (*SEPARATORS, " "):
+        try:
+            lines = [cells for _, cells in islice(_parsed(text, separator), TRIED) if any(cells)]
+        except csv.Error:
+            continue
+        lines = [cells for i, cells in enumerate(lines) if i == 0 or cells[0][:1] != "#"]
+        body = lines[1:] or lines
+        if len({len(cells) for cells in body}) != 1 or len(body[0]) == 1:
+            continue
+        if separator == " " and (found or not _are_numbers(body)):
+            continue
+        found[separator] = sum(_badly_cut(cell, separator) for cells in lines for cell in cells)
+    best = [separator for separator, bad in found.items() if bad == min(found.values())]
+    if len(best) > 1:
+        names = " or ".join(SEPARATORS[separator] for separator in best)
+        raise InputError(f"{path}: cells may be separated by {names}; write it with commas")
+    if best:
+        return best[0]
+    return max(SEPARATORS, key=text.split("\n", 1)[0].count)
+
+
+def _badly_cut(cell: str, separator: str) -> bool:
+    whole = is_number(cell) or (separator != "," and _COMMA.fullmatch(cell))
+    return not whole and any(other in cell for other in SEPARATORS)
+
+
+def _are_numbers(lines: Sequence[Sequence[str]]) -> bool:
+    cells = (cell for line in lines for cell in line[1:])
+    return all(is_number(cell) or is_unknown(cell) or _COMMA.fullmatch(cell) for cell in cells)
+
+
+def _without_comments(lines: list[Line], notes: list[str]) -> list[Line]:
+    """The last line of those with a # at the top is the header, if it is one and no other is."""
+    top = 0
+    while top < len(lines) and lines[top][1][:1] and _is_comment(lines[top][1][0]):
+        top += 1
+    rest = [line for line in lines[top:] if line[1]]
+    if not top or not rest:
+        return lines
+    number, cells = lines[top - 1]
+    header = len(rest[0][1]) == len(cells) > 1 and _header([cells for _, cells in rest]) is False
+    if top > header:
+        notes.append("lines with a # at the top are comments")
+    return [(number, [cells[0].lstrip("# "), *cells[1:]]), *lines[top:]] if header else lines[top:]
+
+
+def _is_comment(cell: str) -> bool:
+    return cell.startswith("#") and not is_unknown(cell)
+
+
+def _of_one_width(path: Path, lines: list[Line], notes: list[str]) -> list[Line]:
+    """Without blank lines, separators that end every line, and lines of another width."""
+    while lines and not lines[-1][1]:
+        lines = lines[:-1]
+    full = [(number, cells) for number, cells in lines if cells]
+    if not full:
+        raise InputError(f"{path} holds no line of numbers")
+    body = full[1:] or full
+    if all(len(cells) > 1 and cells[-1] == "" for _, cells in body):
+        head = full[0][1]
+        if head[-1] == "" or len(head) == len(body[0][1]) - 1:
+            notes.append("the separator at the end of every line is left out")
+            width = len(body[0][1]) - 1
+            full = [(n, cells[:width] if len(cells) == width + 1 else cells) for n, cells in full]
+    width = len(full[0][1])
+    for number, cells in full:
+        if len(cells) != width:
+            raise InputError(
+                f"{path}, line {number}: {len(cells)} cells; expected {width}, as in the first line"
+            )
+    if width == 1 and len(full) < len(lines):
+        number = next(number for number, cells in lines if not cells)
+        raise InputError(f"{path}, line {number} is blank; write NaN where nothing is known")
+    return full
+
+
+def _has_decimal_commas(path: Path, lines: list[Line], separator: str) -> bool:
+    cells = [cell for _, line in lines for cell in line]
+    comma = next((cell for cell in cells if _COMMA.fullmatch(cell)), None)
+    point = next((cell for cell in cells if "." in cell and is_number(cell)), None)
+    if comma and (point or separator == ","):
+        beside = f"and {point!r}" if point else "between commas"
+        raise InputError(f"{path} holds {comma!r} {beside}; write it with a decimal point")
+    return comma is not None
+
+
+def refuse_two_commas(sheets: Iterable[Sheet]) -> None:
+    """Raises InputError if commas separate two whole numbers a line that may be one with a comma.
+
+    So they may where another file has decimal commas, or a number would begin with a zero.
+    """
+    sheets = list(sheets)
+    decimal = any(sheet.commas == "decimal" for sheet in sheets)
+    for sheet in sheets:
+        rows = [cells for _, cells in sheet.lines[1:] or sheet.lines]
+        if sheet.commas != "separator" or len(rows[0]) != 2:
+            continue
+        if any(not cell.removeprefix("-").isdigit() for cells in rows for cell in cells):
+            continue
+        if decimal or any(one == "-0" or re.fullmatch("0.+", two) for one, two in rows):
+            raise InputError(
+                f"{sheet.source}: {','.join(rows[0])} may be one number or two; write it with a "
+                "decimal point, or separate numbers by semicolons"
+            )
+
+
+def _with_point(cell: str) -> str:
+    return cell.replace(",", ".") if _COMMA.fullmatch(cell) else cell
+
+
+# --- header ----------------------------------------------------------------------------------
+
+
+def _header(rows: Sequence[Sequence[str]]) -> bool | None:
+    """Whether the first line holds names; None: it may, or not."""
+    head, columns = rows[0], list(zip(*rows[1:], strict=False))
+    named = [not is_number(cell) and not is_unknown(cell) for cell in head]
+    if not columns:
+        return all(named)
+    numbers = [cell for cell in head if is_number(cell)]
+    if numbers and any(named) and not _rises(numbers):
+        return False
+    if any(n and cell in column for n, cell, column in zip(named, head, columns, strict=True)):
+        return False
+    indexed = head[0] == "" and len(head) > 1 and all(columns[0])  # as pandas writes it
+    if not any(named):
+        return _is_counted(head[indexed:], columns[indexed:], indexed)
+    if _is_over_words(head, columns) or (len(numbers) > 2 and not _are_whole(columns[-1])):
+        return True
+    sure = any(n and _are_all_numbers(c) for n, c in zip(named, columns, strict=True))
+    known = indexed or any(map(_is_name, head))
+    return True if known or (sure and len(numbers) != 1) else None
+
+
+def _is_counted(
+    head: Sequence[str], columns: Sequence[Sequence[str]], indexed: bool
+) -> bool | None:
+    """Of a first line of nothing but numbers."""
+    if _is_over_words(head, columns):
+        return True
+    counted = list(head) == [str(i) for i in range(len(head))]
+    several = indexed + len(head) > 2
+    if counted and (several or all("." in cell for column in columns for cell in column)):
+        return True
+    if not counted and not (several and _rises(head)):
+        return None if indexed else False
+    return None if all(map(_are_whole, columns)) else True if several else None
+
+
+def _is_over_words(head: Sequence[str], columns: Sequence[Sequence[str]]) -> bool:
+    """Whether numbers that could be names stand there, one of them over nothing but words."""
+    if not _rises([cell for cell in head if is_number(cell)]):
+        return False
+    pairs = zip(head, columns, strict=True)
+    return any(is_number(cell) and not any(map(is_number, column)) for cell, column in pairs)
+
+
+def _are_whole(cells: Sequence[str]) -> bool:
+    return not any("." in cell for cell in cells)
+
+
+def _rises(cells: Sequence[str]) -> bool:
+    """Whole numbers at equal distances."""
+    if not all(cell.isdigit() for cell in cells):
+        return False
+    steps = {int(b) - int(a) for a, b in pairwise(cells)}
+    return len(steps) < 2 and all(step > 0 for step in steps)
+
+
+def _are_all_numbers(cells: Sequence[str]) -> bool:
+    known = [cell for cell in cells if not is_unknown(cell)]
+    return bool(known) and all(map(is_number, known))
+
+
+def _is_name(cell: str) -> bool:
+    return is_id_name(cell) or cell.lower() in TARGETS or cell.lower().rstrip("s") in TARGETS

@@ -1,18 +1,20 @@
-"""Reading .npz files from outside: plain arrays only, nothing is unpickled."""
+"""Reading .npz and .npy files from outside: arrays and sparse matrices, nothing is unpickled."""
 
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 
 from experiments.common.errors import InputError
+from experiments.common.memory import total_memory
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file by their names.
+    """The arrays of an .npz file by their names; a sparse matrix is the one called after the file.
 
     Raises:
-      InputError: it cannot be read, or holds objects.
+      InputError: it cannot be read, holds objects, or a sparse matrix too large to be filled up.
     """
     try:
         with path.open("rb") as handle:
@@ -20,9 +22,59 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 raise zipfile.BadZipFile("it is no archive of arrays")
             handle.seek(0)
             with np.load(handle, allow_pickle=False) as file:
-                return dict(file)
+                if {"format", "shape", "data"} <= set(file.files):
+                    handle.seek(0)
+                    return {path.stem: dense(scipy.sparse.load_npz(handle), str(path))}
+                return {name: _array(file, name) for name in file.files}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} cannot be read as an .npz file of plain arrays ({error}); "
             "write it with np.savez, fixed-width strings and no object arrays"
         ) from error
+
+
+def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return file[name]
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise
+        raise InputError(
+            f"{name} is an object array, which nothing but pickle can read; save numbers as "
+            f"np.array({name}, float), and words or ids as np.array({name}, str)"
+        ) from error
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy file.
+
+    Raises:
+      InputError: it cannot be read, or holds objects.
+    """
+    try:
+        with path.open("rb") as handle:
+            return np.lib.format.read_array(handle, allow_pickle=False)
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read as an .npy file of numbers or words ({error}); write it with "
+            "np.save, and no object array"
+        ) from error
+
+
+def dense(matrix: scipy.sparse.spmatrix, source: str) -> np.ndarray:
+    """A sparse matrix filled up with zeros.
+
+    Raises:
+      InputError: it would take more than a quarter of the memory.
+    """
+    rows, columns = matrix.shape
+    size, room = rows * columns * matrix.dtype.itemsize, total_memory() / 4
+    if size > room:
+        raise InputError(
+            f"{source}: {rows:,} × {columns:,} numbers filled up with zeros take "
+            f"{size / 2**30:.1f} GiB, more than a quarter of the memory, {room / 2**30:.1f} GiB; "
+            "choose fewer columns, or sum them up with sklearn.decomposition.TruncatedSVD"
+        )
+    return matrix.toarray()

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
@@ -10,7 +9,7 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
 
-Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {modality: (mean, deviation)}
+Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]  # {modality: (mean, deviation)}
 
 
 def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -165,41 +164,52 @@ def standardise(train: Split, *others: Split) -> tuple[Split, ...]:
     return tuple(s._replace(inputs=scaled(s.inputs, found)) for s in (train, *others))
 
 
-def scaled(inputs: Mapping[str, Any], found: Moments, xp: Any = np) -> dict[str, Any]:
+def scaled(inputs: Mapping[str, np.ndarray], found: Moments) -> dict[str, np.ndarray]:
     """`scale` of every modality by its `moments`."""
-    return {name: scale(x, *found[name], xp) for name, x in inputs.items()}
+    return {name: scale(x, *found[name]) for name, x in inputs.items()}
 
 
-def scale(x: Any, mean: np.ndarray, deviation: np.ndarray, xp: Any = np) -> Any:
-    """Mean 0 and standard deviation 1 for each feature [N, …, d], in float32.
+def scale(x: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Mean 0 and standard deviation 1 for each feature [N, …, d]: in float64, then float32.
 
     At a position of which something is known, what is not known (NaN) becomes 0, the mean. A
-    position that is all NaN stays so. `xp` is numpy, or jax.numpy in a program.
+    position that is all NaN stays so.
     """
-    x = (x.astype(np.float32) - mean) / deviation
-    unknown = xp.isnan(x)
-    unknown = unknown & ~unknown.all(axis=-1, keepdims=True)
-    return xp.where(unknown, np.float32(0), x)
+    out = np.empty(x.shape, np.float32)
+    for rows in _some_rows(x):
+        some = (x[rows] - mean) / deviation
+        unknown = np.isnan(some)
+        some[unknown & ~unknown.all(axis=-1, keepdims=True)] = 0
+        out[rows] = some
+    return out
 
 
 def moments(train: Split) -> Moments:
-    """Mean and deviation of every modality, over rows and positions, float32.
+    """Mean and deviation of every modality, over rows and positions, float64.
 
     NaN is not counted. A feature that is constant in train has the deviation 1, and becomes 0.
     """
-    return {
-        name: (mean.astype(np.float32), deviation.astype(np.float32))
-        for name, x in train.inputs.items()
-        for mean, deviation in [_moments(x)]
-    }
+    return {name: _moments(x) for name, x in train.inputs.items()}
 
 
 def _moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (1 if it is 0) of each feature [N, …, d], NaN left out."""
     axes = tuple(range(values.ndim - 1))
-    some_rows = np.array_split(values, len(values) // 1000 + 1)  # float64 of all takes much memory
-    count = np.maximum(sum(np.sum(~np.isnan(x), axis=axes) for x in some_rows), 1)
-    mean = sum(np.nansum(x, axis=axes, dtype=np.float64) for x in some_rows) / count
-    square = sum(np.nansum((x - mean) ** 2, axis=axes) for x in some_rows)
-    deviation = np.sqrt(square / count)
-    return mean, np.where(deviation > 0, deviation, 1)
+    low = np.fmin.reduce(values, axis=axes, dtype=np.float64)
+    low = np.where(np.isnan(low), 0, low)  # never known
+    width = np.fmax.reduce(values, axis=axes, dtype=np.float64) - low
+    width = np.where(width > 0, width, 1)
+    count, total, square = (np.zeros_like(low) for _ in range(3))
+    for rows in _some_rows(values):  # float64 of all takes much memory
+        count += np.sum(~np.isnan(values[rows]), axis=axes)
+        total += np.nansum((values[rows] - low) / width, axis=axes)
+    share = total / np.maximum(count, 1)  # exactly 0 where all are the same
+    for rows in _some_rows(values):
+        square += np.nansum(((values[rows] - low) / width - share) ** 2, axis=axes)
+    deviation = np.sqrt(square / np.maximum(count, 1)) * width
+    return low + share * width, np.where(deviation > 0, deviation, 1)
+
+
+def _some_rows(values: np.ndarray) -> list[slice]:
+    """A thousand each."""
+    return [slice(start, start + 1000) for start in range(0, len(values), 1000)]
