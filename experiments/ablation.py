@@ -33,8 +33,9 @@ from experiments.reporting.terminal import show
 from experiments.run import Job, experiment
 from experiments.training.config import CommonConfig, require
 from experiments.training.feed import run_epochs
+from experiments.training.folds import select
 from experiments.training.task import Task, Variables, evaluate
-from experiments.training.train import Fitted, fit, refit
+from experiments.training.train import Fitted, refit
 
 EXPERIMENTS = ("multiomics", "features")
 
@@ -49,9 +50,8 @@ def trained(
     config = dataclasses.replace(base, seed=seed, **variant.config)
     job: Job = module.job(config, variant.fusion)
     what, test = (job.task, job.optimiser), job.dataset.test
-    assert job.dataset.validation is not None
-    fitted = fit(*what, job.dataset.train, job.dataset.validation, job.schedule, seed, stop=stop)
-    if config.refit:
+    fitted = select(*what, job.dataset, job.folds, job.schedule, seed, stop=stop)
+    if config.refit or job.folds:
         fitted = refit(fitted, *what, job.dataset, job.schedule, seed, stop=stop)
     result = evaluate(job.task, fitted.best, test)
     assert result.stats is not None

@@ -11,15 +11,16 @@ sees the order of positions → the fusion, and a linear layer on top. Beside th
 prediction that looks at nothing and a linear model of the same rows.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -29,16 +30,21 @@ from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import Recipe, Table, read, sha256, strata
-from experiments.datasets.found import what_was_found
-from experiments.datasets.labels import Kind, Wanted
-from experiments.datasets.preprocess import draw_split, moments, scaled
+from experiments.datasets.found import missing_elsewhere, what_was_found
+from experiments.datasets.labels import Wanted
+from experiments.datasets.preprocess import draw_split, folds, moments, scaled
+from experiments.models.encoders import FeatureEncoder, Positions
 from experiments.models.missing import ModalityDropout, presence
 from experiments.models.targets import TARGETS, floors
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, FusionChange, build_fusion, require, unchanged
+from experiments.training.devices import log
+from experiments.training.folds import Folds
 from experiments.training.metrics import Results
-from experiments.training.schedule import Schedule
+from experiments.training.settings import Settings, settings_for
 from experiments.training.task import Prediction, Task
+
+ABSENT = 0.3  # modality dropout where rows miss what others have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +129,8 @@ class FeaturesModel(nn.Module):
 # --- the data ----------------------------------------------------------------------------------
 
 
-def prepare(table: Table, seed: int) -> tuple[Dataset, Recipe]:
-    """Train, validation and test as the file splits them, or drawn; standardised, and by what."""
-    split = table.split
-    if split is None:
-        split = draw_split(strata(table), seed, table.groups)
+def prepare(table: Table, split: np.ndarray) -> tuple[Dataset, Recipe]:
+    """Train, validation and test rows, standardised, and by what."""
 
     def part(number: int) -> Split:
         rows = np.flatnonzero(split == number)
@@ -140,34 +143,64 @@ def prepare(table: Table, seed: int) -> tuple[Dataset, Recipe]:
     return dataset, Recipe(found, table.known)
 
 
-def load(config: Config) -> tuple[Kind, Dataset, Recipe]:
-    """What kind of labels the files hold, the data, how they were made; says what was found."""
-    table = read(config.data, config.labels, config.task)
-    if taken := [name for name in table.modalities if name in FUSIONS]:
-        raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
-    build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data
-    dataset, recipe = prepare(table, config.seed)
-    for line in what_was_found(table, dataset):
-        print(line)
-    return table.kind, dataset, recipe
+def drawn_folds(table: Table, split: np.ndarray, settings: Settings, seed: int) -> Folds:
+    """Folds of the training and validation rows together, in this order; none of a given split."""
+    if not settings.folds or table.split is not None:
+        return ()
+    rows = np.concatenate([np.flatnonzero(split == part) for part in (0, 1)])
+    groups = None if table.groups is None else table.groups[rows]
+    return folds(strata(table)[rows], groups, settings.folds, settings.repeats, seed)
 
 
 # --- the job -----------------------------------------------------------------------------------
 
 
+def load(config: Config) -> Table:
+    """What the files hold, with modalities and a fusion that can be."""
+    table = read(config.data, config.labels, config.task)
+    if taken := [name for name in table.modalities if name in FUSIONS]:
+        raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
+    build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data
+    return table
+
+
+def modality_dropout(config: Config, dataset: Dataset) -> float:
+    """As given; else ABSENT where rows of some part lack a modality that those of another have."""
+    if config.modality_dropout is not None:
+        return config.modality_dropout
+    return ABSENT if list(missing_elsewhere(dataset)) else 0.0
+
+
+@functools.cache
+def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+    """AdamW of gradients clipped to norm 1; one object for equal rates, so that seeds share a
+    compiled step."""
+    adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
-    kind, dataset, recipe = load(config)
-    fusion = change(build_fusion(config, tuple(dataset.train.inputs)))
-    target = TARGETS[kind](dataset)
+    table = load(config)
+    split = table.split
+    if split is None:
+        split = draw_split(strata(table), config.seed, table.groups)
+    dataset, recipe = prepare(table, split)
+    for line in what_was_found(table, dataset):
+        log(line)
+    given = table.split is not None, config.epochs, config.batch_size, config.patience
+    settings = settings_for(int(np.sum(split < 2)), *given)
+    rate = modality_dropout(config, dataset)
+    target = TARGETS[table.kind](dataset)
     task = Task(
         FeaturesModel(
-            fusion,
+            change(build_fusion(config, tuple(table.modalities))),
             target.outputs,
             config.features,
             config.hidden,
             config.dropout,
-            config.modality_dropout,
+            rate,
+            config.positions,
         ),
         target.loss,
         target.metrics,
@@ -176,10 +209,17 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         jacobian_weight=config.jacobian_weight,
         average=config.average,
     )
-    optimiser = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    beside = floors(dataset, target)
-    return Job("features", dataset, task, optimiser, schedule, *beside, recipe)
+    return Job(
+        "features",
+        dataset,
+        task,
+        optimiser(config.learning_rate, config.weight_decay),
+        settings.schedule,
+        drawn_folds(table, split, settings, config.seed),
+        partial(floors, dataset, target),
+        [f"Note: {settings}.", *([f"Note: modality dropout is {rate:g}."] if rate else [])],
+        recipe,
+    )
 
 
 def run(config: Config) -> Results:

@@ -180,7 +180,7 @@ def job(config: Config) -> Job:
     floor = frequent_labels_floor(labels, dataset.test.labels)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
     floors = {"always the frequent genres": floor}
-    return Job("mmimdb", dataset, task, optimiser(config), schedule, floors)
+    return Job("mmimdb", dataset, task, optimiser(config), schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

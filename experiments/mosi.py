@@ -229,7 +229,7 @@ def job(config: Config) -> Job:
     dataset, task, floors = (utterances if config.form == "utterances" else aligned)(config)
     adamw = optimiser(config.learning_rate, config.weight_decay)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    return Job("mosi", dataset, task, adamw, schedule, floors)
+    return Job("mosi", dataset, task, adamw, schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

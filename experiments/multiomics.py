@@ -235,7 +235,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     linear = logistic_regression(source.train, source.test, classes).predictions
     floors = {"logistic regression": classification_metrics(source.test.labels, linear)}
     adamw = optimiser(config.learning_rate, config.weight_decay)
-    return Job("multiomics", dataset, task, adamw, schedule, floors)
+    return Job("multiomics", dataset, task, adamw, schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

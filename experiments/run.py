@@ -46,11 +46,12 @@ from experiments.reporting.run import print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, begin_run, command_line, opened_run
 from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
-from experiments.training.metrics import Metrics, Results, most_confused, per_class_f1
+from experiments.training.folds import Folds, select
+from experiments.training.metrics import Metrics, Results, Selection, most_confused, per_class_f1
 from experiments.training.progress import Bar
 from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, evaluate
-from experiments.training.train import Fitted, fit, refit
+from experiments.training.train import Fitted, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
@@ -71,7 +72,10 @@ class Job(NamedTuple):
       experiment: its name, as in `python -m experiments.NAME`.
       dataset: with its validation split.
       task, optimiser, schedule: what to learn, and how.
-      floors: further rows of the table: {name: test metrics}.
+      folds: of the training and validation rows together, for a cross-validation that selects the
+        epoch; then all of these rows are trained on. Empty: the validation rows select it.
+      floors: further rows of the table, {name: test metrics}, and notes on them, made in so many
+        seconds at most.
       notes: sentences for the terminal and the report.
       recipe: how inputs as the data have them become those of `dataset`; None: they are those.
     """
@@ -81,7 +85,11 @@ class Job(NamedTuple):
     task: Task
     optimiser: optax.GradientTransformation
     schedule: Schedule
-    floors: Mapping[str, Metrics] = {}
+    folds: Folds = ()
+    floors: Callable[[float], tuple[Mapping[str, Metrics], Sequence[str]]] = lambda seconds: (
+        {},
+        (),
+    )
     notes: Sequence[str] = ()
     recipe: Recipe | None = None
 
@@ -105,9 +113,10 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
                 log(note)
             log(f"{experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
             outcome = learn(job, config, run_dir)
-        results = results_of(job, config, outcome)
+        floors, of_floors = job.floors(outcome.seconds) if is_first() else ({}, ())
+        results = results_of(job, config, outcome, floors)
         if is_first():
-            notes = [*_notes(outcome, job, config), *job.notes]
+            notes = [*_notes(outcome, job, config), *job.notes, *of_floors]
             write_run(run_dir, job, config, outcome, results, notes)
             print_results(results, run_dir, outcome.fitted.history, notes)
             print(f"Done in {time.monotonic() - started:.0f} s.")
@@ -120,49 +129,55 @@ class Outcome(NamedTuple):
     Attributes:
       fitted: the training that selects the epoch.
       final: the one that is tested, the same or its refit.
-      on_validation, on_test: of the selected epoch.
+      on_test: of the selected epoch.
       last_epoch: the test rows after the last epoch.
     """
 
     fitted: Fitted
     final: Fitted
-    on_validation: Evaluation
     on_test: Evaluation
     last_epoch: Evaluation
+
+    @property
+    def seconds(self) -> float:
+        """That training took."""
+        both = (self.fitted,) if self.final is self.fitted else (self.fitted, self.final)
+        return sum(training.history[-1]["seconds"] for training in both)
 
 
 def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
     """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
     job = job._replace(task=dataclasses.replace(job.task, model=shard_model(job.task.model)))
     fitted, final = train(job, config, run_dir)
-    assert job.dataset.validation is not None
-    on_validation = evaluate(job.task, fitted.best, job.dataset.validation)
     on_test = evaluate(job.task, final.best, job.dataset.test)
     last_epoch = evaluate(job.task, final.last.learned, job.dataset.test)
-    return Outcome(fitted, final, on_validation, on_test, last_epoch)
+    return Outcome(fitted, final, on_test, last_epoch)
 
 
-def results_of(job: Job, config: CommonConfig, outcome: Outcome) -> Results:
+def results_of(
+    job: Job, config: CommonConfig, outcome: Outcome, floors: Mapping[str, Metrics]
+) -> Results:
     """What results.json holds."""
-    fitted, final, on_validation, on_test, last_epoch = outcome
+    fitted, final, on_test, last_epoch = outcome
     labels, names = job.dataset.test.labels, job.dataset.classes
-    ends = [fitted.history[-1], *([final.history[-1]] if final is not fitted else ())]
+    selected = next(row for row in fitted.history if row["epoch"] == fitted.best_epoch)
+    refitted: Selection = "refit" if final is not fitted else "validation"
     return Results(
         experiment=job.experiment,
         dataset=job.dataset.description,
         data=job.dataset.data,
         fusion=config.fusion,
         seed=config.seed,
-        selection="refit" if config.refit else "validation",
+        selection="cross-validation" if job.folds else refitted,
         test=on_test.metrics,
-        validation=on_validation.metrics,
+        validation=selected["validation"],
         last_epoch=last_epoch.metrics,
         best_on_test=best_on_test(final.history, job.task.monitor),
         classes=per_class_f1(labels, on_test.probabilities, names) if names else None,
-        floors=job.floors,
+        floors=floors,
         solver=_solver_summary(on_test),
-        parameters=sum(x.size for x in jax.tree.leaves(fitted.best.params)),
-        seconds=sum(row["seconds"] for row in ends),
+        parameters=sum(x.size for x in jax.tree.leaves(final.best.params)),
+        seconds=outcome.seconds,
     )
 
 
@@ -176,7 +191,8 @@ def write_run(
 ) -> None:
     """Writes results.json, the pictures and the report."""
     write_json(run_dir / "results.json", results)
-    drawn = draw(run_dir / "figures", job.task, job.dataset, outcome.fitted, outcome.on_test)
+    shown = outcome.fitted._replace(best=outcome.final.best)
+    drawn = draw(run_dir / "figures", job.task, job.dataset, shown, outcome.on_test)
     counts = confusion_of(job.dataset, outcome.on_test)
     confused = [] if counts is None else most_confused(counts, job.dataset.classes)
     text = report_markdown(
@@ -195,19 +211,17 @@ def write_run(
 def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted]:
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
     task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
-    data, validation = job.dataset.stream or job.dataset.train, job.dataset.validation
-    assert validation is not None
     test = job.dataset.test if config.official_selection else None
     with stopping(job, run_dir) as stop:
         saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
         may_stop = schedule.patience is not None
         with Bar(schedule.epochs, task.monitor, may_stop) as show:
             report = _recorder(run_dir / "metrics.jsonl", show, stop.begin)
-            how = task, optimiser, data, validation, schedule, seed, saved, report
+            how = task, optimiser, job.dataset, job.folds, schedule, seed, saved, report
             watched = None if config.refit else test
-            fitted = fit(*how, test=watched, stop=stop, progress=show.part)
+            fitted = select(*how, test=watched, stop=stop, progress=show.part)
         log(f"Training ended: {fitted.ending}.")
-        if not config.refit:
+        if not (config.refit or job.folds):
             return fitted, fitted
         log(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
         saved = checkpoints(run_dir, "refit", "refit.jsonl")
@@ -304,7 +318,4 @@ def _notes(outcome: Outcome, job: Job, config: CommonConfig) -> list[str]:
         notes.append(
             "The test scores are of a second training, on the validation rows too, to that epoch."
         )
-    elif config.refit:
-        text = "The training on all rows broke down; the test scores are of the first one."
-        notes.append(f"Warning: {text}")
     return notes

@@ -144,5 +144,7 @@ def test_what_is_not_done_in_time_says_so(fit):
 
 def test_a_ridge_regression_that_takes_too_long_is_not_begun():
     x = Split({"a": np.zeros((2000, 1500), np.float32)}, np.arange(2000.0))
-    with pytest.raises(InputError, match=r"2,000 rows × 1,500 features take longer than the fusion"):
+    with pytest.raises(
+        InputError, match=r"2,000 rows × 1,500 features take longer than the fusion"
+    ):
         linear.ridge(x, x, 0.1)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.datasets import Dataset, Split
-from experiments.datasets.features import RARE, Table, groups_by_class, rows_by_class
+from experiments.datasets import Dataset
+from experiments.datasets.features import RARE, Table, groups_by_class, missing, rows_by_class
 
 UNEVEN = 0.25  # difference between shares of rows that lack a modality, from which it is said
 
@@ -23,7 +23,7 @@ def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
     sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in parts.items() if part)
     yield f"  {sizes} rows, {drawn}"
     yield from _labels_found(table, dataset)
-    notes = [*table.notes, *_parted_groups(table), *_missing_elsewhere(table, parts)]
+    notes = [*table.notes, *_parted_groups(table), *missing_elsewhere(dataset)]
     yield from (f"Note: {note}." for note in notes)
     columns = sum(x[0].size for x in table.modalities.values())
     if columns > 10 * len(dataset.train.labels):
@@ -57,14 +57,11 @@ def _parted_groups(table: Table) -> Iterator[str]:
         yield f"the split parts {parted:,} of {of:,} groups; scores may be too good to be true"
 
 
-def _missing_elsewhere(table: Table, parts: dict[str, Split | None]) -> Iterator[str]:
-    """Modalities that rows of one part lack far more often than those of another."""
-    for name in table.modalities:
-        lacks = {
-            which: np.isnan(part.inputs[name]).all(axis=tuple(range(1, part.inputs[name].ndim)))
-            for which, part in parts.items()
-            if part
-        }
+def missing_elsewhere(dataset: Dataset) -> Iterator[str]:
+    """Of modalities that rows of one part lack far more often than those of another."""
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    for name in dataset.train.inputs:
+        lacks = {which: missing(part.inputs[name]) for which, part in parts.items() if part}
         shares = [x.mean() for x in lacks.values()]
         if max(shares) - min(shares) > UNEVEN:
             count = ", ".join(f"{x.sum():,} of {len(x):,} {which}" for which, x in lacks.items())

@@ -21,6 +21,8 @@ WARNING = "Warning: "
 SELECTION = {
     "validation": "Scores are of the epoch with the best validation score.",
     "refit": "Scores are of the epoch with the best validation score, trained on those rows too.",
+    "cross-validation": "Scores are of the epoch with the best score in cross-validation, trained on "
+    "all rows but the test rows.",
     "test": "Scores are of the epoch with the best TEST score: optimistic, not a result.",
     "last": "Scores are of the last epoch.",
 }

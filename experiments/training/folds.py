@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.datasets import Split
-from experiments.datasets.preprocess import take
+from experiments.datasets import Dataset, Split
+from experiments.datasets.preprocess import join, take
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import put, share_of
 from experiments.training.feed import order_of_epoch, scan_steps
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
 from experiments.training.task import Task, Variables
-from experiments.training.train import Fitted, Training, row_of, train_to_the_end
+from experiments.training.train import Fitted, Training, fit, row_of, train_to_the_end
 
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # of each the rows to train on, and those held out
 
@@ -50,6 +50,27 @@ def cross_validate(
     training = Folding(task, schedule, held_out[0], None, None, checkpoints, state, best)
     training.held_out = held_out
     return train_to_the_end(training, optimiser, fed, batch_size, report, stop, lambda *_: None)
+
+
+def select(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    dataset: Dataset,
+    folds: Folds,
+    schedule: Schedule,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+    **options: Any,
+) -> Fitted:
+    """The training that selects the epoch: `fit`, or where there are folds `cross_validate`."""
+    assert dataset.validation is not None
+    if folds:
+        rows, stop = join(dataset.train, dataset.validation), options.get("stop", lambda: False)
+        how = schedule, seed, checkpoints, report
+        return cross_validate(task, optimiser, rows, folds, *how, stop)
+    what = dataset.stream or dataset.train, dataset.validation, schedule, seed
+    return fit(task, optimiser, *what, checkpoints, report, **options)
 
 
 class Folded(NamedTuple):

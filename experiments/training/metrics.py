@@ -29,6 +29,9 @@ Metrics = Mapping[str, float]
 COMMON = ("experiment", "dataset", "data", "selection")  # what the rows of a comparison share
 
 
+Selection = Literal["validation", "refit", "cross-validation", "test", "last"]
+
+
 class Results(TypedDict):
     """`results.json`: the outcome of one run."""
 
@@ -37,7 +40,7 @@ class Results(TypedDict):
     data: Literal["sample", "real"]
     fusion: str
     seed: int
-    selection: Literal["validation", "refit", "test", "last"]
+    selection: Selection
     test: Metrics
     validation: Metrics
     last_epoch: Metrics  # on test

@@ -47,7 +47,8 @@ class Schedule(NamedTuple):
         rows = history[-self.smooth :]
         score = sum(row["validation"][monitor] for row in rows) / len(rows)
         loss = sum(row["validation_loss"] for row in rows) / len(rows)
-        return tuple(x if math.isfinite(x) else -math.inf for x in (score, -loss))
+        score, gain = (x if math.isfinite(x) else -math.inf for x in (score, -loss))
+        return score, gain
 
     def ending(self, history: History, best_epoch: int, bad: int) -> str | None:
         """Why training is over, after `bad` bad steps in a row; None where it is not."""

@@ -1,43 +1,56 @@
-"""How to train on data that nobody has tuned anything for: a rule, from the number of rows alone.
+"""How long to train on data that nobody has tuned anything for: a rule, by the number of rows.
 
-    rows          batch, at most    selection
-    fewer than    rows / 8, of      five-fold cross-validation, repeated until a thousand rows were
-    1,000         16 … 256          held out (three times at most), then a training on all rows
-    more                            the validation rows
+    rows                 what selects the epoch                                            batch
+    fewer than 1,000     the mean over five folds, repeated until a thousand rows were     rows / 8,
+                         held out, three times at most; 400 steps                          16 … 256
+    1,000 or more        the validation rows; 20,000 steps at most, and 100 epochs, or
+                         1,000 steps where that is more
 
-Everywhere: an evaluation every 20 steps or every epoch, whichever is longer; patience for PATIENCE
-steps. The gradient is clipped to norm 1.
+Everywhere there is an evaluation every 20 steps or every epoch, whichever takes longer, and
+training ends after 400 steps without a gain. What is given is taken as it is.
 """
 
 from typing import NamedTuple
 
-FEW = 1000  # rows; with fewer, a seventh of them is too small to select an epoch
+from experiments.training.schedule import Schedule
+
+FEW = 1000  # rows; of fewer a seventh is too small to select an epoch
 FOLDS, REPEATS, HELD_OUT = 5, 3, 1000
-STEPS_FEW, STEPS = 400, 20_000  # at most
-PATIENCE, EVALUATED = 400, 20  # steps
-EPOCHS = 100  # at most, and of few rows as many as STEPS_FEW come to
+EVALUATED, PATIENCE = 20, 400  # steps
 
 
 class Settings(NamedTuple):
-    """Attributes are options of `experiments.features`, and the folds of a cross-validation."""
+    """How long to train, and by how many folds, how many times over, to select the epoch."""
 
-    epochs: int
-    batch_size: int
-    evaluate_every: int
-    patience: int
+    schedule: Schedule
     folds: int
     repeats: int
 
+    def __str__(self) -> str:
+        epochs, batch, every, patience, *_ = self.schedule
+        selected = f"{self.folds} folds, {self.repeats} times" if self.folds else "validation rows"
+        return (
+            f"by the number of rows: batch {batch}, at most {epochs} epochs, an evaluation every "
+            f"{every}, patience for {patience}; selected by {selected}"
+        )
 
-def settings_for(rows: int, batch_size: int | None = None) -> Settings:
-    """The settings for so many rows of training and validation together."""
-    few = rows < FEW
-    learned = rows - rows // FOLDS
-    batch_size = batch_size or int(2 ** min(max((learned // 8).bit_length() - 1, 4), 8))
-    batches = max(1, learned // batch_size)
+
+def settings_for(
+    rows: int,
+    split: bool = False,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    patience: int | None = None,
+) -> Settings:
+    """The settings for so many training and validation rows; `split`: which are which is given."""
+    folds = FOLDS if rows < FEW and not split else 0
+    learned = rows - rows // (folds or 7)
+    size = batch_size or 2 ** min(max((learned // 8).bit_length() - 1, 4), 8)
+    batches = max(1, learned // size)
     every = -(-EVALUATED // batches)
-    epochs = -(-(STEPS_FEW if few else STEPS) // batches)
-    epochs = epochs if few else min(epochs, max(EPOCHS, -(-1000 // batches)))
-    patience = -(-PATIENCE // (every * batches))
-    repeats = min(max(1, round(HELD_OUT / rows)), REPEATS)
-    return Settings(epochs, batch_size, every, patience, FOLDS if few else 0, repeats)
+    if epochs is None:
+        longest = 400 if rows < FEW else max(1000, min(20_000, 100 * batches))
+        epochs = -(-longest // batches)
+    patience = patience or -(-PATIENCE // (every * batches))
+    schedule = Schedule(epochs, size, every, patience, smooth=3 if folds else 1)
+    return Settings(schedule, folds, min(max(1, round(HELD_OUT / rows)), REPEATS))

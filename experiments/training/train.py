@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common.errors import InputError
 from experiments.common.memory import release_memory
 from experiments.common.stopping import StoppedError
 from experiments.datasets import Dataset, Split
@@ -243,14 +244,22 @@ def refit(
     """Trains anew on the validation rows too, as long as before, and keeps the epoch chosen then.
 
     The other arguments are those of `fit`. What the history says of the validation rows is no
-    validation. Where it comes to no finite score in the chosen epoch, the first training stands.
+    validation.
+
+    Raises:
+      InputError: it comes to no finite score in the chosen epoch.
     """
     assert dataset.validation is not None
     everyone = join(dataset.train, dataset.validation)
     schedule = schedule._replace(epochs=chosen.history[-1]["epoch"], patience=None)
     options["keep"] = chosen.best_epoch
     again = fit(task, optimiser, everyone, dataset.validation, schedule, *args, **options)
-    return again if again.best_epoch == chosen.best_epoch else chosen
+    if again.best_epoch != chosen.best_epoch:
+        raise InputError(
+            f"the training on all rows broke down before epoch {chosen.best_epoch}, which was "
+            "selected; a smaller --learning-rate may help"
+        )
+    return again
 
 
 def row_of(
