@@ -7,6 +7,7 @@ import pytest
 
 from experiments.datasets.text import PADDING, UNKNOWN, build_vocabulary, encode, words
 from experiments.models.encoders import (
+    FeatureEncoder,
     MaxoutMLP,
     PlotEncoder,
     PosterCNN,
@@ -259,3 +260,50 @@ def test_mix_rows_draws_the_others_alike():
     drawn = mix_rows(jax.random.key(0), jnp.zeros((1000, 5, 1)), others, 1.0)
     counts = np.bincount(np.round(np.asarray(drawn).ravel()).astype(int), minlength=10)
     assert (abs(counts - 500) < 120).all()
+
+
+class TestFeatureEncoder:
+    """What a model of a small set sees of the order of positions."""
+
+    @pytest.fixture
+    def encoder(self):
+        return FeatureEncoder(4, 8, 0.3)
+
+    @pytest.mark.parametrize("shape", [(5,), (7, 3), (130, 3), (6, 5, 2), (9, 17, 2), (2, 2, 2, 3)])
+    def test_any_shape(self, encoder, shape):
+        x = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+        variables = trained(encoder, x)
+        together = encoder.apply(variables, x, False)
+        assert together.shape == (3, 4) and np.isfinite(together).all()
+        alone = [encoder.apply(variables, x[i : i + 1], False) for i in range(3)]
+        np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("shape", [(7, 3), (6, 5, 2)])
+    @pytest.mark.parametrize("positions", ["ordered", "mean"])
+    def test_the_order_of_positions(self, shape, positions):
+        encoder = FeatureEncoder(4, 8, 0.3, positions)
+        x = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+        variables = trained(encoder, x)
+        one, other = (encoder.apply(variables, part, False) for part in (x, x[:, ::-1]))
+        assert np.allclose(one, other, atol=1e-5) is (positions == "mean")
+
+    @pytest.mark.parametrize("length", [6, 40])
+    def test_padding_changes_nothing(self, encoder, length):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((20, length, 3)).astype(np.float32)
+        x[np.arange(length) >= rng.integers(1, length + 1, 20)[:, None]] = np.nan
+        x[3] = np.nan
+        longer = np.concatenate([x, np.full((20, 9, 3), np.nan, np.float32)], axis=1)
+        variables = trained(encoder, x)
+        expected = encoder.apply(variables, x, False)
+        np.testing.assert_allclose(encoder.apply(variables, longer, False), expected, atol=1e-5)
+        first = encoder.apply(variables, x[:1, : np.sum(~np.isnan(x[0, :, 0]))], False)
+        np.testing.assert_allclose(first, expected[:1], atol=1e-5)
+
+    def test_a_hole_in_an_image_is_not_a_black_spot(self, encoder):
+        """What is NaN has no gradient, and counts as no value rather than as any."""
+        x = np.random.default_rng(0).standard_normal((2, 6, 6, 2)).astype(np.float32)
+        x[:, 2:4, 2:4] = np.nan
+        variables = trained(encoder, x)
+        gradient = jax.grad(lambda x: encoder.apply(variables, x, False).sum())(jnp.asarray(x))
+        assert (gradient[:, 2:4, 2:4] == 0).all() and (gradient[:, 0, 0] != 0).any()

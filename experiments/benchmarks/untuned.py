@@ -1,0 +1,179 @@
+"""`experiments.features` without any option, over sets, fusions and seeds, in one table.
+
+    python -m experiments.benchmarks.untuned digits wine nutrimouse/ data.npz rosmap=DIR
+        --fusions deq concat sum lmf gmu attention --seeds 5
+    python -m experiments.benchmarks.untuned digits wine --fusions deq concat --tuned
+
+With --tuned every fusion is also trained with each of TUNED, with the first seed. The one with the
+best validation score is set beside the runs without options: is it better on test by more than one
+standard error? Writes `untuned.json` and `untuned.md` into --run-dir; runs that are there already
+are taken as they are.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import features
+from experiments.benchmarks.views import files_of
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import make_folder, read_json, write_json, write_text
+from experiments.common.text import markdown_table, number, percent
+from experiments.training.metrics import Results
+
+METRICS = ("accuracy", "micro_f1", "r2")  # the first that a set has
+TUNED: dict[str, dict[str, Any]] = {
+    "rate 0.0003": {"learning_rate": 3e-4},
+    "rate 0.003": {"learning_rate": 3e-3},
+    "dropout 0": {"dropout": 0.0},
+    "dropout 0.6": {"dropout": 0.6},
+    "weight decay 1": {"weight_decay": 1.0},
+    "batch 16": {"batch_size": 16},
+    "batch 64": {"batch_size": 64},
+    "average 0.95": {"average": 0.95},
+    "Jacobian weight 0": {"jacobian_weight": 0.0},
+    "Jacobian weight 1": {"jacobian_weight": 1.0},
+}
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.untuned", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("sets", nargs="+", help="digits, wine, …, DIR of .csv files, FILE.npz")
+    parser.add_argument("--fusions", nargs="+", default=["deq", "concat"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuned", action="store_true", help="beside the best of some settings")
+    default = Path("runs/untuned") / time.strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--run-dir", type=Path, default=default)
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser.parse_args(args)
+
+
+def _refuse(message: str) -> Any:
+    raise InputError(f"{message}; --help lists the options")
+
+
+def run(files: tuple[Path, ...], run_dir: Path, **options: Any) -> Results:
+    """The results of a run, or of the one that is there."""
+    if (run_dir / "results.json").exists():
+        return read_json(run_dir / "results.json")
+    config = features.parse_args([*map(str, files)])
+    return features.run(dataclasses.replace(config, run_dir=run_dir, resume=True, **options))
+
+
+def of_set(named: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All runs of a set: {"rows": [Results], "tuned": {fusion: {setting: Results}}, …}."""
+    files = files_of(named, options.run_dir)
+    name = Path(named.partition("=")[0]).stem
+    rows, tuned = [], {}
+    for fusion in options.fusions:
+        where = options.run_dir / name
+        for seed in range(options.seeds):
+            rows.append(run(files, where / f"{fusion}-seed{seed}", fusion=fusion, seed=seed))
+        if options.tuned:
+            tuned[fusion] = {
+                setting: run(files, where / f"{fusion}, {setting}", fusion=fusion, **changed)
+                for setting, changed in TUNED.items()
+                if fusion == "deq" or "jacobian_weight" not in changed
+            }
+        jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
+    return {"set": name, "rows": rows, "tuned": tuned}
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def metric_of(row: Results) -> str:
+    return next(name for name in METRICS if name in row["test"])
+
+
+def tested_rows(row: Results) -> int:
+    return sum(int(of_class["support"]) for of_class in (row["classes"] or {}).values())
+
+
+def standard_error(score: float, rows: int) -> float:
+    """Of an accuracy on so many rows, √(p (1 − p) / n) with p = (k + 1) / (n + 2) (Laplace)."""
+    p = (score * rows + 1) / (rows + 2)
+    return math.sqrt(p * (1 - p) / rows) if rows else math.nan
+
+
+def scores_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
+    lines = [["set", "score", "test rows", *fusions, "linear", "converged", "seconds, deq"]]
+    for found in sets:
+        rows: list[Results] = found["rows"]
+        metric = metric_of(rows[0])
+        cells = [found["set"], metric, number(tested_rows(rows[0]) or None)]
+        for fusion in fusions:
+            scores = [row["test"][metric] for row in rows if row["fusion"] == fusion]
+            cells.append(_mean_and_spread(scores))
+        linear = [s[metric] for row in rows for n, s in row["floors"].items() if "regression" in n]
+        solved = [row for row in rows if row["solver"]]
+        share = [row["solver"]["converged"] for row in solved if row["solver"]]
+        seconds = [row["seconds"] for row in rows if row["fusion"] == "deq"]
+        cells.append(_mean_and_spread(linear))
+        cells.append(percent(min(share, default=None)))  # type: ignore[type-var]
+        lines.append([*cells, number(statistics.mean(seconds) if seconds else None, 0)])
+    return markdown_table(lines, width=200)
+
+
+def _mean_and_spread(scores: Sequence[float]) -> str:
+    if not scores:
+        return "–"
+    if len(scores) == 1:
+        return number(scores[0])
+    return f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+
+
+def tuned_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
+    lines = [["set", "fusion", "no option", "tuned", "setting", "standard error", "within it"]]
+    for found in sets:
+        for fusion in fusions:
+            plain = [row for row in found["rows"] if row["fusion"] == fusion]
+            metric, choices = metric_of(plain[0]), found["tuned"][fusion] | {"none": plain[0]}
+            best = max(choices, key=lambda name: _validated(choices[name]))
+            score = float(np.mean([row["test"][metric] for row in plain]))
+            tuned = choices[best]["test"][metric]
+            error = standard_error(tuned, tested_rows(plain[0]))
+            spread = float(np.std([row["test"][metric] for row in plain], ddof=1))
+            error = error if math.isfinite(error) else spread
+            within = "yes" if score >= tuned - error else "no"
+            cells = [number(score), number(tuned), best, number(error), within]
+            lines.append([found["set"], fusion, *cells])
+    return markdown_table(lines, left=2, width=200)
+
+
+def _validated(row: Results) -> float:
+    """What the settings are chosen by."""
+    score = row["validation"].get(
+        "macro_f1", row["validation"].get("f1", row["validation"].get("r2"))
+    )
+    return -math.inf if score is None else score
+
+
+@exit_cleanly()
+def main() -> None:
+    options = parse_args(sys.argv[1:])
+    make_folder(options.run_dir, "--run-dir")
+    sets = [of_set(named, options) for named in options.sets]
+    write_json(options.run_dir / "untuned.json", sets)
+    text = "Test scores without any option, mean ± standard deviation (ddof = 1) over seeds.\n\n"
+    text += scores_table(sets, options.fusions) + "\n"
+    if options.tuned:
+        text += "\nBeside the setting with the best validation score, of one seed.\n\n"
+        text += tuned_table(sets, options.fusions) + "\n"
+    write_text(options.run_dir / "untuned.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
