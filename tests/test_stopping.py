@@ -234,9 +234,13 @@ IN_USE = re.compile(r"error: \S+ is in use by process \d+ on \S+ since [-\d]+T[:
 def in_a_fork(words, log):
     """The command, in a process that has its imports from the fork server."""
     sys.argv, experiments.run.SAVE_SECONDS = ["features", *words], 0
-    with open(os.devnull, "w") as nothing, log.open("w") as said:
-        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(said):
-            features.main()
+    with (
+        open(os.devnull, "w") as nothing,
+        log.open("w") as said,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(said),
+    ):
+        features.main()
 
 
 class Forks:
