@@ -1,6 +1,10 @@
 """``python -m experiments.ablation``: the variants against their formulas, and a small run."""
 
 import json
+import os
+import signal
+import threading
+import time
 from functools import partial
 
 import jax
@@ -13,6 +17,7 @@ from deq_fusion_jax.baselines import WeightTied
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.injection import Inject
 from experiments import ablation
+from experiments.common.lock import folder_alone
 from experiments.models.variants import REFERENCE, VARIANTS
 from experiments.reporting.ablation import ablation_table
 from experiments.reporting.figures import ablation as drawn
@@ -124,6 +129,27 @@ def test_a_run_is_measured_and_goes_on(main, data, tmp_path):
     assert json.loads((folder / "ablation.json").read_text())["rows"] == [row, second]
     status, _, err = run(2, "--learning-rate", 0.5)
     assert status == 2 and "other options" in err and err.count("\n") == 1
+
+    def send():
+        while len(json.loads((folder / "ablation.json").read_text())["rows"]) < 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    status, _, err = run(500)
+    sender.join()
+    rows = json.loads((folder / "ablation.json").read_text())["rows"]
+    assert status == 143 and rows[:2] == [row, second] and 4 <= len(rows) < 500
+    assert "stopping: after this epoch, and what is trained is saved;" in err
+    end = f"stopped: {len(rows)} of 500 trainings are saved; the same command with --run-dir "
+    assert err.endswith(f"{end}{folder} goes on\n")
+
+
+def test_the_second_ablation_in_a_folder_is_refused(main, tmp_path):
+    with folder_alone(tmp_path, tmp_path):
+        status, _, err = main("multiomics", "--sample", "--run-dir", tmp_path)
+    assert status == 2 and f"{tmp_path} is in use by process" in err and err.count("\n") == 1
 
 
 def made_up(name, seed, deep=None):

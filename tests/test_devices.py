@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from deq_fusion_jax import Anderson, Broyden, DEQFusion, Phantom, Picard, deq_fixed_point
 from experiments.common.errors import InputError
+from experiments.common.lock import folder_alone
 from experiments.datasets import Split
 from experiments.models.encoders import MaxoutMLP
 from experiments.training.devices import BATCH, mesh_of, put, shard_model, share_of
@@ -273,7 +274,7 @@ def history(path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command):
+def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command, interruptible):
     data = rows(400)
     np.savez(tmp_path / "data.npz", **data.inputs, labels=data.labels.astype(int))
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -288,6 +289,22 @@ def test_two_processes_train_save_go_on_and_notice_a_loss(tmp_path, run_command)
     assert "epoch" in ended[0][0] and "epoch" not in ended[1][0]  # one of them speaks
     stopped = len(history(metrics))
 
+    with folder_alone(tmp_path / "run", tmp_path), Pair(tmp_path, "--resume") as pair:
+        ended = [process.communicate(timeout=60) for process in pair.processes]
+    assert [process.returncode for process in pair.processes] == [2, 2]
+    assert [err.count("error: ") for _, err in ended] == [1, 0]
+    assert f"in use by process {os.getpid()} on " in ended[0][1]
+    assert [err.count("\n") for _, err in ended] == [2, 1]  # each has said that it joined
+
+    with Pair(tmp_path, "--resume") as pair:
+        pair.wait_for_row(metrics, stopped + 3)
+        for process in pair.processes:  # as Ctrl-C in their terminal
+            process.send_signal(signal.SIGINT)
+        ended = [process.communicate(timeout=60) for process in pair.processes]
+    assert [process.returncode for process in pair.processes] == [130, 130]
+    assert all("stopped: epoch " in err for _, err in ended)
+
+    stopped = len(history(metrics))
     with Pair(tmp_path, "--resume") as pair:
         pair.wait_for_row(metrics, stopped + 3)
         pair.processes[1].kill()

@@ -3,7 +3,9 @@
 python -m pytest tests/test_stopping.py -m endurance      (kills a run twenty times)
 """
 
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import experiments.run
+from experiments import features
 from experiments.common.errors import exit_cleanly
 from experiments.common.stopping import StoppedError, StopRequest
 
@@ -49,15 +53,11 @@ with StopRequest("saving after this epoch") as asked:
 """
 
 
-def interruptible():
-    """A child of a background job would ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("interruptible")
 def test_within_a_long_call_the_answer_comes_at_once_and_a_second_signal_kills(number, status):
     words = [sys.executable, "-c", ONE_LONG_CALL]
-    with subprocess.Popen(words, cwd=ROOT, preexec_fn=interruptible, **PIPES) as running:
+    with subprocess.Popen(words, cwd=ROOT, **PIPES) as running:
         assert running.stdout.readline() == "begun\n"
         running.send_signal(number)
         assert running.stderr.readline() == "stopping: saving after this epoch\n"
@@ -115,13 +115,13 @@ def wait_for(path, process, seconds=120):
     ],
     ids=["once", "twice"],
 )
-def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(signals, tmp_path):
+def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(signals, tmp_path, interruptible):
     run_dir, saved = tmp_path / "run", 0
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for number, status in signals.items():
         more = ["--patience", 4000, "--resume"]  # or it may be over before
         words = command(tmp_path, run_dir, *more)
-        start = {"cwd": ROOT, "env": environment, "preexec_fn": interruptible}
+        start = {"cwd": ROOT, "env": environment}
         with subprocess.Popen(words, **start, **PIPES) as running:
             wait_for_rows(run_dir / "metrics.jsonl", saved + 2, running)
             running.send_signal(number)
@@ -231,35 +231,89 @@ def newest_whole(folder):
 IN_USE = re.compile(r"error: \S+ is in use by process \d+ on \S+ since [-\d]+T[:\d]+[-+:\d]+;.*\n")
 
 
+def in_a_fork(words, log):
+    """The command, in a process that has its imports from the fork server."""
+    sys.argv, experiments.run.SAVE_SECONDS = ["features", *words], 0
+    with (
+        open(os.devnull, "w") as nothing,
+        log.open("w") as said,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(said),
+    ):
+        features.main()
+
+
+class Forks:
+    """Processes that start within a second or so."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path, self.count = tmp_path, 0
+        self.server = multiprocessing.get_context("forkserver")
+        self.server.set_forkserver_preload([__name__, "experiments.features"])
+
+    def start(self, run_dir):
+        self.count += 1
+        more = ["--epochs", 300, "--patience", 300, "--resume"]
+        words, log = command(self.tmp_path, run_dir, *more)[3:], self.tmp_path / f"{self.count}.log"
+        process = self.server.Process(target=in_a_fork, args=(words, log))
+        process.start()
+        return process, log
+
+
 @pytest.mark.endurance
-def test_two_at_once_are_killed_again_and_again_and_nothing_is_lost(tmp_path):
-    """Two --resume of one run, started together; ROUNDS=50 in the environment for more of them."""
+def test_two_at_once_are_killed_again_and_again_and_nothing_is_lost(tmp_path, monkeypatch):
+    """Two --resume of one run, started together; ROUNDS=50 in the environment for more of them.
+
+    Every third time they are killed while they start, else once one of them trains.
+    """
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     rng, run_dir, whole = np.random.default_rng(1), tmp_path / "run", tmp_path / "whole"
-    with steady(tmp_path, whole) as running:
-        assert running.wait() == 0, running.stderr.read()
-    count = dict.fromkeys(("kills", "refused", "went on", "finished", "saving"), 0)
+    forks, began = Forks(tmp_path), time.monotonic()
+    running, log = forks.start(whole)
+    wait_for_another_row(whole, [(running, log)])
+    start = time.monotonic() - began
+    running.join()
+    assert running.exitcode == 0, log.read_text()
+    count = dict.fromkeys(("killed", "refused", "finished", "rounds that went on", "saving"), 0)
     step = 0
-    for _ in range(int(os.environ.get("ROUNDS", 6))):
-        pair = [steady(tmp_path, run_dir, "--resume") for _ in range(2)]
-        first = rng.integers(2)
-        for i in (first, 1 - first):  # the other one may take over
-            time.sleep(rng.uniform(0, 12 if i == first else 6))
+    for i in range(int(os.environ.get("ROUNDS", 6))):
+        pair = [forks.start(run_dir) for _ in range(2)]
+        if i % 3:
+            wait_for_another_row(run_dir, pair)
+        time.sleep(rng.uniform(0, 1 if i % 3 else start))
+        for process, _ in sorted(pair, key=lambda _: rng.random()):  # the other one may take over
             count["saving"] += bool(list(run_dir.glob("checkpoints/*tmp*")))
-            count["kills"] += pair[i].poll() is None
-            pair[i].kill()
-        for process in pair:
-            _, said = process.communicate()
-            status = process.returncode
-            assert status in (0, 2, -signal.SIGKILL) and "Traceback" not in said, said
-            assert status != 2 or IN_USE.fullmatch(said), said
-            count["refused"] += status == 2
-            count["finished"] += status == 0
+            process.kill()
+            time.sleep(rng.choice([0, rng.uniform(0, start)]))
+        for process, log in pair:
+            process.join()
+            said = log.read_text() if log.exists() else ""
+            assert process.exitcode in (0, 2, -signal.SIGKILL) and "Traceback" not in said, said
+            assert process.exitcode != 2 or IN_USE.fullmatch(said), said
+            name = {0: "finished", 2: "refused", -signal.SIGKILL: "killed"}
+            count[name[process.exitcode]] += 1
         newest, epochs = newest_whole(run_dir / "checkpoints")
         assert newest >= step and len(rows_of(run_dir)) >= epochs
         assert [row["epoch"] for row in rows_of(run_dir)] == [*range(len(rows_of(run_dir)))]
-        count["went on"] += newest > step
+        count["rounds that went on"] += newest > step
         step = newest
-    print(count, "step", step)
-    with steady(tmp_path, run_dir, "--resume") as last:
-        assert last.wait() == 0, last.stderr.read()
+        print(i, count, "at step", step, flush=True)
+    kept = list(run_dir.glob("metrics.*.jsonl"))  # of trainings that were killed before they saved
+    print(f"{start:.1f} s to start; {len(kept)} histories of trainings without a checkpoint")
+    last, log = forks.start(run_dir)
+    last.join()
+    assert last.exitcode == 0, log.read_text()
     assert_same_run(whole, run_dir)
+
+
+def wait_for_another_row(run_dir, processes, seconds=300):
+    """Until one of them has trained an epoch, or all have ended."""
+    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + seconds
+    rows = None
+    while any(process.is_alive() for process, _ in processes):
+        found = path.read_bytes().count(b"\n") if path.exists() else 0
+        rows = found if rows is None else rows
+        if found > rows:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

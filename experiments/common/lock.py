@@ -87,11 +87,10 @@ def _locked(folder: Path) -> Iterator[None]:
         write_json(folder / HOLDER, me)
         yield
     finally:
-        for name in (
-            HOLDER,
-            LOCK,
-        ):  # while it is held: who waits for a file that is gone looks anew
-            (folder / name).unlink(missing_ok=True)
+        # Before the release: a process that waits for a file that is gone looks anew.
+        for name in (HOLDER, LOCK):
+            with contextlib.suppress(OSError):  # Windows removes none that is open
+                (folder / name).unlink()
         lock.release()
 
 

@@ -1,7 +1,9 @@
 """Ctrl-C, and SIGTERM as schedulers send it before they kill: a run saves and says how to go on."""
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Any, Self
@@ -50,9 +52,9 @@ class StopRequest:
         """There is something to save from now on; before, a signal may end the process."""
         if self.thread or threading.current_thread() is not threading.main_thread():
             return
-        self.ear, self.mouth = os.pipe()
-        os.set_blocking(self.mouth, False)
-        self.mouth_before = signal.set_wakeup_fd(self.mouth)
+        self.ear, self.mouth = socket.socketpair()
+        self.mouth.setblocking(False)
+        self.mouth_before = signal.set_wakeup_fd(self.mouth.fileno())
         self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -64,9 +66,9 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.mouth_before)
-        os.close(self.mouth)  # which ends the thread
+        self.mouth.close()  # which ends the thread
         self.thread.join()
-        os.close(self.ear)
+        self.ear.close()
 
     def _note(self, number: int, frame: object) -> None:
         self.number = self.number or number
@@ -74,7 +76,7 @@ class StopRequest:
     def _listen(self) -> None:
         """Reads the numbers of the signals, as they come."""
         come = 0
-        while heard := os.read(self.ear, 1):
+        while heard := self.ear.recv(1):
             if heard[0] not in SIGNALS:
                 continue
             come += 1
@@ -82,4 +84,5 @@ class StopRequest:
                 if sys.stdout.isatty():
                     print("\033[?25h", end="", flush=True)  # the cursor, which a progress bar hides
                 os._exit(128 + heard[0])
-            print(f"stopping: {self.answer}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                print(f"stopping: {self.answer}", file=sys.stderr, flush=True)
