@@ -114,6 +114,7 @@ def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
     """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
     job = job._replace(task=dataclasses.replace(job.task, model=shard_model(job.task.model)))
     fitted, final = train(job, config, run_dir)
+    log("Evaluating the selected epoch, then drawing the report …")
     assert job.dataset.validation is not None
     on_validation = evaluate(job.task, fitted.best, job.dataset.validation)
     on_test = evaluate(job.task, final.best, job.dataset.test)
