@@ -149,6 +149,7 @@ def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
     """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
     job = job._replace(task=dataclasses.replace(job.task, model=shard_model(job.task.model)))
     fitted, final = train(job, config, run_dir)
+    log("Evaluating the selected epoch, then drawing the report …")
     on_test = evaluate(job.task, final.best, job.dataset.test)
     last_epoch = evaluate(job.task, final.last.learned, job.dataset.test)
     return Outcome(fitted, final, on_test, last_epoch)

@@ -169,3 +169,12 @@ def test_a_log_file_gets_few_lines_and_the_last(clock):
         "epoch 3000/4000, took 3:07, warning: 3 bad steps, loss 0.500, macro-f1 0.750, "
         "12.2 solver steps, 16.0 epochs/s"
     )
+
+
+@pytest.mark.parametrize("how", [{"force_jupyter": True}, {"force_terminal": True}])
+def test_a_notebook_and_a_dumb_terminal_get_lines(how, monkeypatch):
+    """Neither can go back to what it has printed."""
+    monkeypatch.setenv("TERM", "dumb")
+    assert Bar(1, console=Console(file=io.StringIO(), **how)).live is None
+    monkeypatch.setenv("TERM", "xterm")
+    assert Bar(1, console=Console(file=io.StringIO(), force_terminal=True)).live

@@ -30,6 +30,7 @@ from experiments.common.files import make_folder, read_json, write_json, write_t
 from experiments.common.text import markdown_table, number, percent
 from experiments.training.metrics import Results
 
+MONITORS = ("macro_f1", "r2")  # what selects the epoch
 METRICS = ("accuracy", "micro_f1", "r2")  # the first that a set has
 TUNED: dict[str, dict[str, Any]] = {
     "rate 0.0003": {"learning_rate": 3e-4},
@@ -154,10 +155,8 @@ def tuned_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
 
 def _validated(row: Results) -> float:
     """What the settings are chosen by."""
-    score = row["validation"].get(
-        "macro_f1", row["validation"].get("f1", row["validation"].get("r2"))
-    )
-    return -math.inf if score is None else score
+    scores = (row["validation"].get(name) for name in MONITORS)
+    return next((score for score in scores if score is not None), -math.inf)
 
 
 @exit_cleanly()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn import datasets
 
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, mosi, multiomics
+from experiments.datasets.preprocess import join
 
 # scikit-learn's own, with the columns that make a view
 COLUMNS = {
@@ -38,7 +40,8 @@ def files_of(named: str, folder: Path) -> tuple[Path, ...]:
         views = {view: table.data[:, columns] for view, columns in COLUMNS[name].items()}
         np.savez(made, **views, labels=table.target)
     elif name in PUBLISHED and where:
-        np.savez(made, **_with_split(PUBLISHED[name](Path(where))))
+        arrays: dict[str, Any] = _with_split(PUBLISHED[name](Path(where)))
+        np.savez(made, **arrays)
     else:
         known = ", ".join([*COLUMNS, *(f"{published}=DIR" for published in PUBLISHED)])
         raise InputError(f"{named}: give an .npz file, a folder of .csv files, or one of {known}")
@@ -47,12 +50,9 @@ def files_of(named: str, folder: Path) -> tuple[Path, ...]:
 
 def _with_split(dataset: Dataset) -> dict[str, np.ndarray]:
     """The rows of both parts, and which is of which; validation rows are not chosen yet."""
-    parts: Sequence = dataset.train, dataset.test
-    inputs = {
-        name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs
-    }
-    split = np.repeat([0, 2], [len(part.labels) for part in parts])
-    return inputs | {"labels": np.concatenate([part.labels for part in parts]), "split": split}
+    rows = join(dataset.train, dataset.test)
+    split = np.repeat([0, 2], [len(dataset.train.labels), len(dataset.test.labels)])
+    return rows.inputs | {"labels": rows.labels, "split": split}
 
 
 def _pooled(parts: Sequence[mosi.Utterances]) -> Dataset:

@@ -21,8 +21,8 @@ WARNING = "Warning: "
 SELECTION = {
     "validation": "Scores are of the epoch with the best validation score.",
     "refit": "Scores are of the epoch with the best validation score, trained on those rows too.",
-    "cross-validation": "Scores are of the epoch with the best cross-validated score, trained on all "
-    "rows but those of test.",
+    "cross-validation": "Scores are of the epoch with the best score in cross-validation, trained "
+    "on all rows but those of test.",
     "test": "Scores are of the epoch with the best TEST score: optimistic, not a result.",
     "last": "Scores are of the last epoch.",
 }
