@@ -15,6 +15,7 @@ import io
 import json
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def main() -> None:
     model = read_model(config.model)
     rows = read_rows(config.data, model.about)
     for note in rows.notes:
-        print(f"Note: {note}.")
+        print(textwrap.fill(f"Note: {note}.", 100, subsequent_indent=" " * 6))
     refuse_unless_honoured(model, rows)
     found = predict(model, rows.inputs)
     text = io.StringIO()

@@ -93,14 +93,19 @@ def numbers(cells: np.ndarray) -> np.ndarray | None:
     if cells.dtype.kind != "U":
         return cells
     try:
-        if not any("_" in cell for cell in cells):  # Python takes 1_2 for a number
+        if "_" not in "".join(cells):  # Python takes 1_2 for a number
             return cells.astype(np.float64)
     except ValueError:
         pass
-    unknown = np.isin(np.char.lower(cells), UNKNOWN)
+    unknown = are_unknown(cells)
     if not all(map(is_number, cells[~unknown])):
         return None
     return np.where(unknown, "nan", cells).astype(np.float64)
+
+
+def are_unknown(cells: np.ndarray) -> np.ndarray:
+    """[N] bool, which cells of text are words for unknown."""
+    return np.isin(np.char.lower(cells), UNKNOWN)
 
 
 def _booleans(cells: np.ndarray) -> np.ndarray | None:
@@ -126,7 +131,7 @@ def take_ids(frame: Frame) -> tuple[Frame, str]:
     if start is None or what is None:
         return frame, ""
     ids = _text(frame.columns[start])
-    if (row := first(np.isin(np.char.lower(ids), UNKNOWN))) is not None:
+    if (row := first(are_unknown(ids))) is not None:
         raise InputError(f"{frame.place(row)} has no id in {what}")
     refuse_twice(ids, frame.source)
     return frame.after(start + 1)._replace(ids=ids), what
@@ -143,7 +148,7 @@ def refuse_twice(ids: np.ndarray, source: str) -> None:
 
 def _holds_ids(frame: Frame, column: int) -> bool:
     name, cells = frame.name(column), _text(frame.columns[column])
-    if np.isin(np.char.lower(cells), UNKNOWN).all():
+    if are_unknown(cells).all():
         return False
     distinct, rows = len(np.unique(cells)), len(cells)
     if numbers(frame.columns[column]) is None:
@@ -192,7 +197,7 @@ def _unknown_words(frame: Frame) -> Iterator[str]:
     count: dict[str, int] = {}
     for cells in frame.columns:
         if cells.dtype.kind == "U":
-            unknown = cells[np.isin(np.char.lower(cells), UNKNOWN)]
+            unknown = cells[are_unknown(cells)]
             for word, times in zip(*np.unique(unknown, return_counts=True), strict=True):
                 count[str(word)] = count.get(str(word), 0) + int(times)
     said = [
@@ -205,7 +210,7 @@ def _unknown_words(frame: Frame) -> Iterator[str]:
 def _vocabulary(frame: Frame, column: int) -> list[str]:
     """The words of a column that is nothing but words, a few of them."""
     cells = frame.columns[column]
-    known = cells[~np.isin(np.char.lower(cells), UNKNOWN)]
+    known = cells[~are_unknown(cells)]
     if any(map(is_number, known)):
         raise InputError(_no_number(frame, column))
     words = [str(word) for word in np.unique(known)]
@@ -230,7 +235,7 @@ def _no_number(frame: Frame, column: int) -> str:
 
 def _one_hot(frame: Frame, column: int, words: Sequence[str]) -> list[np.ndarray]:
     cells = frame.columns[column].astype(str)
-    unknown = np.isin(np.char.lower(cells), UNKNOWN)
+    unknown = are_unknown(cells)
     if (row := first(~unknown & ~np.isin(cells, words))) is not None:
         raise InputError(
             f"{frame.place(row)}: {frame.name(column)} is {str(cells[row])!r}; expected one of "

@@ -20,8 +20,10 @@ from experiments.datasets.columns import Frame, is_id_name, is_number, is_unknow
 
 SUFFIXES = (".csv", ".tsv", ".txt")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+WIDE = 50  # columns, from which a table is of numbers
 TRIED = 200  # lines that show what separates the cells
 TARGETS = {"label", "class", "category", "target", "outcome", "diagnosis", "y", "group"}
+_CUT = re.compile(r"[,;\t|]")
 _COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 
 Line = tuple[int, list[str]]  # its number in the file, and its cells
@@ -53,8 +55,20 @@ class Sheet(NamedTuple):
             name = next(name for i, name in enumerate(head) if name in head[:i])
             raise InputError(f"{self.source}: two columns are called {name!r}; rename one")
         numbers, cells = zip(*body, strict=True)
-        columns = [np.array(column) for column in zip(*cells, strict=True)]
+        wide = len(cells[0]) > WIDE
+        columns = [
+            _numbers(c) if wide and i else np.array(c)
+            for i, c in enumerate(zip(*cells, strict=True))
+        ]
         return Frame(self.source, tuple(head) if head else None, columns, None, numbers)
+
+
+def _numbers(cells: tuple[str, ...]) -> np.ndarray:
+    """Numbers right away, if they are plain ones: text takes long, and much memory."""
+    try:
+        return np.array(cells if "_" in "".join(cells) else [float(cell) for cell in cells])
+    except ValueError:
+        return np.array(cells)
 
 
 def read_sheet(path: Path) -> Sheet:
@@ -74,7 +88,8 @@ def read_sheet(path: Path) -> Sheet:
     lines = _without_comments(lines, notes)
     lines = _of_one_width(path, lines, notes)
     commas = "separator" if separator == "," else ""
-    if _has_decimal_commas(path, lines, separator):
+    whole = (separator == "," and '"' not in text) or "," not in text  # no cell has a comma
+    if not whole and _has_decimal_commas(path, lines, separator):
         commas = "decimal"
         notes.append("the decimal sign is a comma")
         lines = [(number, [_with_point(cell) for cell in cells]) for number, cells in lines]
@@ -108,8 +123,9 @@ def _parsed(text: str, separator: str) -> Iterator[Line]:
     if separator == " ":
         lines = (" ".join(line.split()) for line in lines)
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ", strict=True)
+    spaces = " " in text
     for cells in reader:
-        yield reader.line_num, [cell.strip() for cell in cells]
+        yield reader.line_num, [cell.strip() for cell in cells] if spaces else cells
 
 
 def _separator(path: Path, text: str) -> str:
@@ -137,8 +153,9 @@ def _separator(path: Path, text: str) -> str:
 
 
 def _badly_cut(cell: str, separator: str) -> bool:
-    whole = is_number(cell) or (separator != "," and _COMMA.fullmatch(cell))
-    return not whole and any(other in cell for other in SEPARATORS)
+    if not _CUT.search(cell):
+        return False
+    return not is_number(cell) and (separator == "," or not _COMMA.fullmatch(cell))
 
 
 def _are_numbers(lines: Sequence[Sequence[str]]) -> bool:

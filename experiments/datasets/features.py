@@ -88,7 +88,7 @@ def read(paths: Sequence[Path], column: str = "", wanted: Wanted = "auto") -> Ta
       InputError: in one line, what is wrong in which key.
     """
     parts, guessed = read_files(paths, column)
-    _refuse_without_labels(paths, parts)
+    _refuse_without_labels(paths, parts, column)
     arrays, _, said = joined(parts)
     labels = read_labels(arrays.pop("labels"), parts["labels"].names, wanted)
     rows = len(labels.values)
@@ -111,7 +111,7 @@ def read(paths: Sequence[Path], column: str = "", wanted: Wanted = "auto") -> Ta
     return _without_empty_rows(table)
 
 
-def _refuse_without_labels(paths: Sequence[Path], parts: Mapping[str, Part]) -> None:
+def _refuse_without_labels(paths: Sequence[Path], parts: Mapping[str, Part], column: str) -> None:
     if "labels" in parts:
         return
     has = f"{called(paths)} has no labels, only {', '.join(parts) or 'nothing'}"
@@ -123,7 +123,8 @@ def _refuse_without_labels(paths: Sequence[Path], parts: Mapping[str, Part]) -> 
     if name := next((name for name in parts if name.lower() in CALLED), None):
         raise InputError(f"{has}; rename {name} to labels")
     if any(path.suffix in (".h5ad", ".h5mu") for path in paths):
-        raise InputError(f"{has}; name the column of obs that holds them, --labels COLUMN")
+        name = f"no obs has a column {column}" if column else "name the column of obs"
+        raise InputError(f"{has}; {name}: --labels COLUMN, or labels.csv, say what to learn")
     raise InputError(f"{has}; add a key labels, or a file called labels.csv")
 
 

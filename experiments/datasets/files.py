@@ -58,7 +58,7 @@ def read_files(
         elif suffix == ".parquet":
             frames[path] = read_parquet(path)
         elif suffix in (".h5ad", ".h5mu"):
-            _add(parts, read_h5ad(path, labels))
+            _add(parts, _by_name(read_h5ad(path, labels), path, known or {}, notes))
         elif suffix in (".npz", ".npy"):
             found = read_npz(path) if suffix == ".npz" else {path.stem: read_npy(path)}
             _add(parts, _of_arrays(found, path, notes))
@@ -97,6 +97,19 @@ def _agree(one: Part, other: Part) -> bool:
         return False
     pairs = dict(zip(one.ids, one.values, strict=True))
     return pairs == dict(zip(other.ids, other.values, strict=True))
+
+
+def _by_name(
+    parts: Mapping[str, Part], path: Path, known: Mapping[str, Known], notes: list[Note]
+) -> dict[str, Part]:
+    """With the columns that a model knows, in its order."""
+    found = dict(parts)
+    for name in known.keys() & found.keys():
+        part = found[name]
+        order = _order(part.names, known[name].names, path, notes)
+        if order is not None:
+            found[name] = part._replace(values=part.values[:, order], names=known[name].names)
+    return found
 
 
 # --- arrays ----------------------------------------------------------------------------------
@@ -260,11 +273,25 @@ def _of_frame(
         return {key: _plain(frame)}
     if key == "labels":
         return _of_labels(path, frame, labels)
-    if known is not None and key in known:
-        frame = _arranged(frame, known[key].names)
-    part, said = encode(frame, known[key].words if known is not None and key in known else None)
+    model = None if known is None else known.get(key)
+    if model is not None:
+        frame = _columns(frame, _order(frame.names, model.names, path, notes))
+    part, said = encode(frame, None if model is None else model.words)
     notes += [(path.name, what) for what in said]
     return {key: part}
+
+
+def _order(
+    names: tuple[str, ...] | None, wanted: tuple[str, ...] | None, path: Path, notes: list[Note]
+) -> Sequence[int] | None:
+    """Where the columns of a model are, by their names where both have some; None: as they are."""
+    if not names or not wanted or names == wanted:
+        return None
+    if lacking := [name for name in wanted if name not in names]:
+        raise InputError(f"{path} has no column {lacking[0]!r}, which the model reads")
+    if more := [name for name in names if name not in wanted]:
+        notes.append((path.name, f"columns that the model does not read: {', '.join(more)}"))
+    return [names.index(name) for name in wanted]
 
 
 def _of_labels(path: Path, frame: Frame, labels: str) -> dict[str, Part]:
@@ -283,7 +310,9 @@ def _of_labels(path: Path, frame: Frame, labels: str) -> dict[str, Part]:
     return {key: _plain(_columns(frame, rows)) for key, rows in picked.items()}
 
 
-def _columns(frame: Frame, columns: Sequence[int]) -> Frame:
+def _columns(frame: Frame, columns: Sequence[int] | None) -> Frame:
+    if columns is None:
+        return frame
     names = frame.names and tuple(frame.names[i] for i in columns)
     return frame._replace(names=names, columns=[frame.columns[i] for i in columns])
 
@@ -303,13 +332,3 @@ def _whole(cells: np.ndarray, x: Any) -> np.ndarray:
     if cells.dtype.kind == "U" and all(cell.lstrip("+-").isdigit() for cell in cells):
         return cells.astype(np.int64)
     return x
-
-
-def _arranged(frame: Frame, names: tuple[str, ...] | None) -> Frame:
-    """The columns in the order of the model's, by their names where both have some."""
-    if not names or not frame.names or names == frame.names:
-        return frame
-    lacking = [name for name in names if name not in frame.names]
-    if lacking:
-        raise InputError(f"{frame.source} has no column {lacking[0]!r}, which the model reads")
-    return _columns(frame, [frame.names.index(name) for name in names])

@@ -8,6 +8,7 @@ import numpy as np
 from experiments.datasets import Dataset
 from experiments.datasets.features import RARE, Table, groups_by_class, missing, rows_by_class
 
+WIDTH = 100
 UNEVEN = 0.25  # difference between shares of rows that lack a modality, from which it is said
 
 
@@ -24,7 +25,8 @@ def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
     yield f"  {sizes} rows, {drawn}"
     yield from _labels_found(table, dataset)
     notes = [*table.notes, *_parted_groups(table), *missing_elsewhere(dataset)]
-    yield from (f"Note: {note}." for note in notes)
+    for note in notes:
+        yield textwrap.fill(f"Note: {note}.", WIDTH, subsequent_indent=" " * 6)
     columns = sum(x[0].size for x in table.modalities.values())
     if columns > 10 * len(dataset.train.labels):
         yield (
@@ -65,7 +67,7 @@ def missing_elsewhere(dataset: Dataset) -> Iterator[str]:
         shares = [x.mean() for x in lacks.values()]
         if max(shares) - min(shares) > UNEVEN:
             count = ", ".join(f"{x.sum():,} of {len(x):,} {which}" for which, x in lacks.items())
-            yield f"{name} is missing in {count} rows; a model is tested on what it did not learn"
+            yield f"{name} is missing in {count} rows: it is tested on what it did not learn"
 
 
 def _labels_found(table: Table, dataset: Dataset) -> Iterator[str]:

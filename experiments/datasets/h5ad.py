@@ -26,13 +26,13 @@ def read_h5ad(path: Path, labels: str = "") -> dict[str, Part]:
     """{name: X, and "labels", "groups", "split" of obs, where there are any}.
 
     Raises:
-      InputError: it cannot be read, its library is not installed, or obs has no such column.
+      InputError: it cannot be read, or its library is not installed.
     """
     found = _opened(path)
     modalities = {path.stem: found} if path.suffix == ".h5ad" else dict(found.mod)
     parts = {name: _modality(x, f"{path}, {name}") for name, x in modalities.items()}
     tables = [found, *modalities.values()]
-    for key, column in _columns(tables, path, labels):
+    for key, column in _columns(tables, labels):
         table = next(table for table in tables if column in table.obs)
         values = frame_of(table.obs[[column]], str(path)).columns[0]
         parts[key] = Part(values, _names(table.obs_names))
@@ -64,12 +64,10 @@ def _names(index: Any) -> np.ndarray:
     return index.astype(str).to_numpy().astype(str)
 
 
-def _columns(tables: Sequence[Any], path: Path, labels: str) -> Iterator[tuple[str, str]]:
+def _columns(tables: Sequence[Any], labels: str) -> Iterator[tuple[str, str]]:
     """Keys, and the columns of obs that hold them."""
     names = {str(name) for table in tables for name in table.obs}
-    if labels and labels not in names:
-        raise InputError(f"{path}: obs has no {labels}, only {', '.join(sorted(names)) or 'ids'}")
-    chosen = labels or next((name for name in LABELS if name in names), "")
+    chosen = next((name for name in ([labels] if labels else LABELS) if name in names), "")
     if chosen:
         yield "labels", chosen
     yield from ((name, name) for name in ("groups", "split") if name in names and name != chosen)

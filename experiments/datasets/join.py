@@ -53,12 +53,12 @@ def _taken(
 ) -> np.ndarray:
     """The values of these rows; NaN where there are none."""
     lacking = _without(rows, ids)
+    _refuse_spellings(name, lacking, _without(ids, rows))
     if len(lacking) == len(rows):
         raise InputError(
             f"no id of {name} ({_some(ids)}) is among the others ({_some(rows)}); give all files "
             "the same ids, or none and the same order"
         )
-    _refuse_spellings(name, lacking, _without(ids, rows))
     order = np.argsort(ids)
     at = order[np.minimum(np.searchsorted(ids, rows, sorter=order), len(ids) - 1)]
     if not lacking.size:
