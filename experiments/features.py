@@ -28,6 +28,7 @@ import tyro
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.text import note
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import Recipe, Table, read, sha256, strata
 from experiments.datasets.found import missing_elsewhere, what_was_found
@@ -129,6 +130,17 @@ class FeaturesModel(nn.Module):
 # --- the data ----------------------------------------------------------------------------------
 
 
+def validation_is_given(table: Table) -> bool:
+    return table.split is not None and bool((table.split == 1).any())
+
+
+def split_of(table: Table, seed: int) -> np.ndarray:
+    """[N] 0, 1 or 2, as the file has it; what it does not say is drawn."""
+    if table.split is not None and validation_is_given(table):
+        return table.split
+    return draw_split(strata(table), seed, table.groups, table.split)
+
+
 def prepare(table: Table, split: np.ndarray) -> tuple[Dataset, Recipe]:
     """Train, validation and test rows, standardised, and by what."""
 
@@ -144,8 +156,8 @@ def prepare(table: Table, split: np.ndarray) -> tuple[Dataset, Recipe]:
 
 
 def drawn_folds(table: Table, split: np.ndarray, settings: Settings, seed: int) -> Folds:
-    """Folds of the training and validation rows together, in this order; none of a given split."""
-    if not settings.folds or table.split is not None:
+    """Folds of the training and validation rows together, in this order; none of many rows."""
+    if not settings.folds:
         return ()
     rows = np.concatenate([np.flatnonzero(split == part) for part in (0, 1)])
     groups = None if table.groups is None else table.groups[rows]
@@ -182,13 +194,11 @@ def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransf
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
     table = load(config)
-    split = table.split
-    if split is None:
-        split = draw_split(strata(table), config.seed, table.groups)
+    split = split_of(table, config.seed)
     dataset, recipe = prepare(table, split)
     for line in what_was_found(table, dataset):
         log(line)
-    given = table.split is not None, config.epochs, config.batch_size, config.patience
+    given = validation_is_given(table), config.epochs, config.batch_size, config.patience
     settings = settings_for(int(np.sum(split < 2)), *given)
     rate = modality_dropout(config, dataset)
     target = TARGETS[table.kind](dataset)
@@ -217,7 +227,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         settings.schedule,
         drawn_folds(table, split, settings, config.seed),
         partial(floors, dataset, target),
-        [f"Note: {settings}.", *([f"Note: modality dropout is {rate:g}."] if rate else [])],
+        [note(str(settings)), *([note(f"modality dropout is {rate:g}")] if rate else [])],
         recipe,
     )
 

@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import features
 from experiments.benchmarks.views import files_of
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, read_json, write_json, write_text
 from experiments.common.text import markdown_table, number, percent
+from experiments.run import experiment
 from experiments.training.metrics import Results
 
 MONITORS = ("macro_f1", "r2")  # what selects the epoch
@@ -68,6 +68,7 @@ def run(files: tuple[Path, ...], run_dir: Path, **options: Any) -> Results:
     """The results of a run, or of the one that is there."""
     if (run_dir / "results.json").exists():
         return read_json(run_dir / "results.json")
+    features = experiment("features")
     config = features.parse_args([*map(str, files)])
     return features.run(dataclasses.replace(config, run_dir=run_dir, resume=True, **options))
 

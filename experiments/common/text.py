@@ -1,6 +1,7 @@
 """Numbers and tables as text, in Markdown. An undefined number (None, NaN) is "–"."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TypeGuard
@@ -30,6 +31,11 @@ def percent(fraction: float | None) -> str:
         return "–"
     tenths = round(1000 * fraction, 6)
     return f"{(math.floor(tenths) if fraction > 0.5 else math.ceil(tenths)) / 10:.1f} %"
+
+
+def note(text: str) -> str:
+    """Something to know, without its full stop, as a command prints it: within 80 columns."""
+    return textwrap.fill(f"Note: {text}.", 80, subsequent_indent=" " * 6)
 
 
 def markdown_table(lines: Sequence[Sequence[str]], left: int = 1, width: int | None = None) -> str:

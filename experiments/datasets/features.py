@@ -6,6 +6,7 @@ Every key of the .npz file with N rows is a modality, [N, d], [N, T, d], …, ex
             every row has a single one; [N] floats: regression, or classes if they are whole and
             few; see ``labels``
     split   [N], 0 train, 1 validation, 2 test; optional, see ``strata`` for what is done without
+            it, or without validation rows
     groups  [N] integers or words: rows of one group stay on one side of a split that is drawn;
             optional
     mask    [N, M] zeros and ones, columns in alphabetical order of the modalities: who is there;
@@ -52,7 +53,7 @@ class Table(NamedTuple):
       labels: [N] int32, [N, C] float32 or [N] float32, by `kind`.
       kind: what is to be predicted.
       classes: names; none for a regression.
-      split: [N] 0, 1 or 2; None: to be drawn.
+      split: [N] 0, 1 or 2; None: to be drawn; without any 1: validation rows are to be drawn.
       groups: [N] int; None: every row is one of its own.
       known: what predictions have to know of the columns.
       notes: what was guessed, and what was left out.
@@ -272,9 +273,9 @@ def _split(split: np.ndarray, rows: int) -> np.ndarray:
             f"split is {split.dtype} {split.shape}; expected [{rows}] of 0 (train), 1 (validation) "
             "and 2 (test)"
         )
-    for part, name in enumerate(("train", "validation", "test")):
+    for part, name in ((0, "train"), (2, "test")):
         if not (split == part).any():
-            raise InputError(f"split has no {part}, so no {name} rows; give all three or no split")
+            raise InputError(f"split has no {part}, so no {name} rows; give both, or no split")
     return split.astype(np.int32)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from experiments.common.text import note
 from experiments.datasets import Dataset
 from experiments.datasets.features import RARE, Table, groups_by_class, missing, rows_by_class
 
-WIDTH = 100
 UNEVEN = 0.25  # difference between shares of rows that lack a modality, from which it is said
 
 
@@ -20,18 +20,19 @@ def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
         yield f"  {name} {list(x.shape[1:])}{_unknown(x)}"
     parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     kept = "" if table.groups is None else ", groups kept together"
-    drawn = f"drawn with equal shares of the labels{kept}" if table.split is None else "as given"
+    drawn = f"drawn with equal shares of the labels{kept}"
+    if table.split is not None:
+        drawn = "as given" if (table.split == 1).any() else f"validation {drawn}, test as given"
     sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in parts.items() if part)
     yield f"  {sizes} rows, {drawn}"
     yield from _labels_found(table, dataset)
     notes = [*table.notes, *_parted_groups(table), *missing_elsewhere(dataset)]
-    for note in notes:
-        yield textwrap.fill(f"Note: {note}.", WIDTH, subsequent_indent=" " * 6)
+    yield from map(note, notes)
     columns = sum(x[0].size for x in table.modalities.values())
     if columns > 10 * len(dataset.train.labels):
-        yield (
-            f"Note: {columns:,} features of {len(dataset.train.labels):,} training rows are easily "
-            "learned by heart;\n      fewer features, or a larger --dropout, may help."
+        yield note(
+            f"{columns:,} features of {len(dataset.train.labels):,} training rows are easily "
+            "learned by heart; fewer features, or a larger --dropout, may help"
         )
 
 

@@ -31,20 +31,27 @@ def carve_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
     return train, validation
 
 
-def draw_split(strata: np.ndarray, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def draw_split(
+    strata: np.ndarray,
+    seed: int,
+    groups: np.ndarray | None = None,
+    given: np.ndarray | None = None,
+) -> np.ndarray:
     """[N] of 0 (train), 1 (validation) and 2 (test): 15 % each of the rows with a stratum ≥ 0.
 
     The rows are lined up by stratum, in random order within each, and taken at equal distances: of
     n rows of a stratum 0.15 n, rounded up or down. Of `groups` [N] whole ones are taken, a seventh
     of the rows, or one group where there are fewer than seven. The test rows are the same for all
-    seeds.
+    seeds. A part that is `given`, in a split [N], is not drawn.
 
     Raises:
       InputError: fewer than three groups can be held out.
     """
-    split = np.zeros(len(strata), np.int32)
+    split = np.zeros(len(strata), np.int32) if given is None else given.copy()
     count = -(-15 * np.count_nonzero(strata >= 0) // 100)
     for part, draw, counts in ((2, 0, (3, 7)), (1, seed % 2**32, (2, 6))):
+        if (split == part).any():
+            continue
         rng = np.random.default_rng((part, draw))
         if groups is not None:
             free = np.where(split == 0, strata, -1)

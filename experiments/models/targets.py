@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from experiments.common.errors import InputError
+from experiments.common.text import note
 from experiments.datasets import Dataset, Split
 from experiments.datasets.features import Kind
 from experiments.datasets.preprocess import join
@@ -131,7 +132,7 @@ def floors(
         predictions, done = fit(train, dataset.test, seconds)
         found[name] = target.metrics(dataset.test.labels, predictions)
         if not done:
-            notes.append(f"Note: {name} was not done in {seconds:.0f} s; its scores are of then.")
+            notes.append(note(f"{name} was not done in {seconds:.0f} s; its scores are of then"))
     except InputError as why:
-        notes.append(f"Note: no {name} beside the result: {why}.")
+        notes.append(note(f"no {name} beside the result: {why}"))
     return found, notes

@@ -176,7 +176,7 @@ def begin_run(run_dir: Path, experiment: str, config: CommonConfig) -> None:
     for partial in run_dir.glob(".*.partial"):  # of a write that was killed
         partial.unlink()
     saved, results = saved_config(run_dir), run_dir / "results.json"
-    if saved and saved["config"].get("epochs", 0) < config.epochs and results.exists():
+    if saved and is_shorter(saved["config"].get("epochs"), config.epochs) and results.exists():
         set_aside(results)
     settings = {
         "experiment": experiment,
@@ -220,11 +220,16 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
                 f"{run_dir} was run with {name} = {before}, not {after}; resume it with the same "
                 "options or give another --run-dir"
             )
-    if config.epochs < saved["config"].get("epochs", 0):
+    if is_shorter(config.epochs, saved["config"].get("epochs")):
         raise InputError(
             f"--epochs {config.epochs}: {run_dir} was run with {saved['config']['epochs']}, which "
             "may only grow"
         )
+
+
+def is_shorter(epochs: int | None, others: int | None) -> bool:
+    """Whether these are fewer epochs; None: as many as a rule says, which nobody knows here."""
+    return epochs is not None and others is not None and epochs < others
 
 
 def command_line(experiment: str, config: CommonConfig) -> str:
