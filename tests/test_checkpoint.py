@@ -169,16 +169,28 @@ def test_no_whole_step_lists_the_bad_ones(two_steps):
 
 
 def test_a_crash_between_save_and_seal_leaves_the_older_step(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, {"x": jnp.float32(1)}, {})
+    """And where there is none nothing: a first save that was killed is no damage."""
+    checkpoints, template = Checkpoints(tmp_path, keep=1), {"x": jnp.float32(0)}
 
-    def crash(path, text):
+    def crash(self, step):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("experiments.training.checkpoint.write_text", crash)
-        checkpoints.save(2, {"x": jnp.float32(2)}, {})
-    assert checkpoints.restore({"x": jnp.float32(0)})[0] == 1
+    def killed(step):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Checkpoints, "_checksums", crash)
+            checkpoints.save(step, {"x": jnp.float32(step)}, {})
+        assert (tmp_path / str(step) / "state").is_dir()
+
+    killed(1)
+    assert checkpoints.steps() == [] and checkpoints.restore(template) is None
+    checkpoints.save(2, {"x": jnp.float32(2)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "2.sha256"]
+    killed(3)
+    assert checkpoints.steps() == [2] and checkpoints.restore(template)[0] == 2
+    killed(3)  # again, over what the first time has left
+    checkpoints.save(3, {"x": jnp.float32(30)}, {})
+    assert checkpoints.restore(template)[1]["x"] == 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "3.sha256"]
 
 
 @pytest.mark.parametrize("at", ["save", "write_text", "fsync", "_clear"])

@@ -285,7 +285,7 @@ BAD_OPTIONS = [
     (["--fusion", "nonsense"], "'nonsense'; choose from ['deq', "),
     (["--fusion", "audio"], "'audio'; choose from ['deq', "),
     (["--resume"], "--resume needs --run-dir"),
-    (["--resume", "--run-dir", "nowhere"], "nothing to resume in nowhere"),
+    (["--resume"], "--resume needs --run-dir"),
     (["--run-dir", "file"], "file is a file"),
     (["--run-dir", "file/run"], "file/run"),
     (["--run-dir", "other"], "'multiomics', not 'mmimdb'"),

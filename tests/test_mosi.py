@@ -239,7 +239,7 @@ class TestBadInput:
             (["--hidden", 0], "--hidden 0: expected 1 or more"),
             (["--batch-size", 0], "--batch-size 0: expected 1 or more"),
             (["--vocabulary", 2], "--vocabulary 2: expected 3 or more"),
-            (["--resume", "--run-dir", "nowhere"], "nothing to resume"),
+            (["--resume"], "--resume needs --run-dir"),
         ],
     )
     def test_bad_options(self, refuses, made_up, aligned, args, message):

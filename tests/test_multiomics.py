@@ -280,7 +280,7 @@ class TestBadInput:
             (["--evaluate-every", 0], "evaluate"),
             (["--modality-dropout", 1], "--modality-dropout 1.0: expected 0 or more"),
             (["--sample"], "--sample"),
-            (["--resume", "--run-dir", "nowhere"], "nothing to resume"),
+            (["--resume"], "--resume needs --run-dir"),
         ],
     )
     def test_bad_options(self, refuses, made_up, args, message):

@@ -20,6 +20,7 @@ from identical import bits, timeless
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
+from experiments.common.stopping import StoppedError
 from experiments.datasets import Dataset, Split
 from experiments.models.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
@@ -181,6 +182,16 @@ class TestResume:
 
         assert start(3) == start(3)
         assert all(a != b for a, b in zip(start(3), start(4), strict=True))
+
+    def test_a_stop_asked_for_in_the_last_epoch_is_heard(self, tmp_path):
+        """Or a comparison would go on with its next run. All is saved, so nothing is left to do."""
+        task, saved = line_task(lambda w: w), Checkpoints(tmp_path)
+        how = task, optax.sgd(1.0), ONES, ONES, Schedule(2, 4), 0, saved
+        asked = iter([False, True])
+        with pytest.raises(StoppedError, match="epoch 2 is saved"):
+            fit(*how, stop=lambda: next(asked))
+        again = fit(*how, stop=lambda: pytest.fail("it trains"))
+        assert [row["epoch"] for row in again.history] == [0, 1, 2] and weight(again.best) == 2
 
     def test_a_run_stopped_by_infinity_stays_stopped(self, tmp_path):
         options = {"rate": 1e10, "power": 4, "start": 1.0, "checkpoints": Checkpoints(tmp_path)}

@@ -33,6 +33,7 @@ from experiments.common.files import write_text
 from experiments.training.devices import is_first, wait_for_all
 
 PyTree = Any
+UNSEALED = "This step is being saved.\n"  # in place of its checksums until it is
 logger = logging.getLogger(__name__)
 
 
@@ -54,12 +55,20 @@ class Checkpoints:
             raise InputError(f"{directory} is a file, expected a directory of checkpoints")
 
     def steps(self) -> list[int]:
-        """Every step found on disk, whole or not, oldest first."""
+        """Every step that was saved, whole or damaged, oldest first."""
+        return [step for step in self._found() if not self._was_interrupted(step)]
+
+    def _found(self) -> list[int]:
         if not self.directory.exists():
             return []
         entries = self.directory.iterdir()
         names = [p.stem for p in entries if p.suffix == ".sha256" or (p.is_dir() and not p.suffix)]
         return sorted({int(name) for name in names if name.isdecimal()})
+
+    def _was_interrupted(self, step: int) -> bool:
+        """Whether it is what a save that was killed has left: no damage, as it never was whole."""
+        seal = self._seal(step)
+        return seal.exists() and seal.read_bytes() == UNSEALED.encode()
 
     def due(self) -> bool:
         return time.monotonic() - self.saved_at >= self.every
@@ -76,15 +85,15 @@ class Checkpoints:
         about["metadata"] = json.loads(json.dumps(metadata))  # a TypeError now, not half way
         arrays = {name: _array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
 
-        before = self.steps()
-        later = [s for s in before if s > step]
-        for other in [s for s in before if s >= step]:
+        for other in [s for s in self.steps() if s >= step]:
             logger.warning("%s: step %d is replaced by a save at step %d", self, other, step)
         self._move_aside(step)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
         try:
+            if is_first() and not self._seal(step).exists():
+                write_text(self._seal(step), UNSEALED)
             with _quiet(), self._manager(cleanup_tmp_directories=True) as manager:
                 manager.save(step, args=items, force=True)
             if is_first():
@@ -94,7 +103,8 @@ class Checkpoints:
                 raise
             self._give_up(step, error)
         wait_for_all("checkpoint sealed")
-        self._remove([*later, *[s for s in self.steps() if s <= step][: -self.keep]])
+        kept = [s for s in self.steps() if s <= step][-self.keep :]
+        self._remove([s for s in self._found() if s not in kept])
         self.saved_at = time.monotonic()
 
     def _give_up(self, step: int, error: Exception) -> None:

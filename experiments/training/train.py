@@ -104,11 +104,10 @@ def train_to_the_end(
     while not training.ending():
         train_to_next_evaluation(training, optimiser, rows, batch_size, stop, progress)
         due, stopped = training.asked(stop)
-        over = training.ending()
         report(training.history[-1])
-        if due or over:
+        if due or training.ending():
             training.save()
-        if stopped and not over:
+        if stopped:
             raise StoppedError(f"epoch {training.history[-1]['epoch']} is saved")
     return training.fitted()
 
