@@ -5,11 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax import export as jax_export
 from sklearn.metrics import accuracy_score, mean_absolute_error
 
 from experiments import export, features, predict
@@ -269,3 +272,60 @@ def test_what_cannot_be_exported(trained, tmp_path, run_command):
     status, _, err = main(run_dir)
     data[1].write_bytes(kept)
     assert status == 2 and "the data have changed since" in err
+
+
+@pytest.fixture
+def other_model(tmp_path):
+    """A model.zip of another program: words and colours, of which neither is ever missing."""
+    shapes = {"text": ((3,), "int32"), "image": ((2,), "float32")}
+    (rows,) = jax_export.symbolic_shape("rows")
+    given = {name: jax.ShapeDtypeStruct((rows, *s), dtype) for name, (s, dtype) in shapes.items()}
+
+    def program(inputs):
+        return {"prediction": inputs["text"].sum(axis=1) + inputs["image"].sum(axis=1)}
+
+    about = {
+        "data": "words",
+        "classes": [],
+        "several": False,
+        "inputs": {name: [list(shape), dtype] for name, (shape, dtype) in shapes.items()},
+    }
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("about.json", json.dumps(about))
+        file.writestr("program.jax", jax_export.export(jax.jit(program))(given).serialize())
+    return tmp_path / "other.zip"
+
+
+def test_a_model_that_knows_nothing_of_missing_modalities(other_model, main, tmp_path):
+    text, image = np.arange(12).reshape(4, 3), np.ones((4, 2)) / 2
+    data = tmp_path / "data.npz"
+    np.savez(data, text=text, image=image, labels=np.zeros(4))
+    status, _, err = main(other_model, "--data", data)
+    assert status == 0, err
+    found = [float(row["prediction"]) for row in rows_of(tmp_path / "predictions.csv")]
+    np.testing.assert_allclose(found, text.sum(axis=1) + 1)
+    mask = np.ones((4, 2))
+    mask[2, 0] = 0
+    lost = np.where(np.arange(4)[:, None] == 2, np.nan, image)
+    for arrays, message in (
+        ({"text": text, "image": image, "mask": mask}, "mask: text of this model cannot be missi"),
+        ({"text": text, "image": lost}, "image is missing in 1 rows, and this model cannot do"),
+        ({"text": text + 0.5, "image": image}, "text has numbers that the model, of int32, cannot"),
+    ):
+        np.savez(data, **arrays)
+        status, _, err = main(other_model, "--data", data)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_a_terminal_without_the_letters(other_model, tmp_path):
+    np.savez(tmp_path / "血液.npz", text=np.ones((4, 3), int), 血液=np.ones((4, 2)))
+    words = ["-m", "experiments.predict", other_model, "--data", tmp_path / "血液.npz"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={"PATH": "", "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert r"holds text, \u8840\u6db2; the model reads text, image" in done.stderr

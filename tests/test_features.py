@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import features
-from experiments.datasets.features import read
+from experiments.common.errors import InputError
+from experiments.datasets.features import read, strata
 from experiments.datasets.found import what_was_found
+from experiments.datasets.preprocess import draw_split
 from experiments.training.config import (
     begin_run,
     check_same_run,
@@ -125,6 +127,7 @@ def test_a_bad_file(main, tmp_path, arrays, complaint):
         (["none.npz"], "none.npz cannot be read"),
         (["none.npz", "--data-dir", "x"], "--help lists the options"),
         (["none.npz", "--data-sha256", "x"], "--help lists the options"),
+        (["none.npz", "--task", "ranking"], "--help lists the options"),
     ],
 )
 def test_a_bad_command(main, words, complaint):
@@ -178,3 +181,37 @@ class TestWhatIsSaid:
         split = np.repeat([0, 1, 2], 10)
         text = said(a=np.zeros((30, 3)), labels=np.repeat([0, 1, 2], [5, 15, 10]), split=split)
         assert "as given" in text and "Note: no training row is of class 2." in text
+
+    def test_rows_of_one_group_stay_together(self, said, tmp_path):
+        """Five rows of a patient, labelled by patient at random."""
+        patient = np.repeat(np.arange(40), 5)
+        labels = RNG.permutation(np.arange(40) % 2)[patient]
+        text = said(a=RNG.standard_normal((200, 3)), labels=labels, groups=patient)
+        assert "drawn with equal shares of the labels, groups kept together" in text
+        table = read([tmp_path / "data.npz"])
+        split = draw_split(strata(table), 0, table.groups)
+        assert [len(part.labels) for part in features.prepare(table, split)[0][3:6]] == [
+            *np.bincount(split)
+        ]
+        assert (np.bincount(np.unique(np.stack([patient, split]), axis=1)[0]) == 1).all()
+        text = said(a=RNG.standard_normal((200, 3)), labels=labels, patient=patient)
+        assert "patient is the same in several rows" in text and "call it groups" in text
+        split = np.arange(200) % 3
+        text = said(a=np.ones(200), labels=labels, groups=patient, split=split)
+        assert "Note: the split parts 40 of 40 groups; scores may be too good to be true." in text
+
+    def test_too_few_groups(self, said):
+        with pytest.raises(InputError, match="there are 2 groups; at least 3 are needed"):
+            said(a=np.ones(40), labels=np.arange(40) % 2, groups=np.arange(40) // 20)
+        labels = np.arange(40) // 20
+        with pytest.raises(InputError, match="'class 0' has 2 of 4 groups"):
+            said(a=np.ones(40), labels=labels, groups=np.arange(40) // 10)
+
+    def test_what_is_missing_where(self, said):
+        a, b, split = np.ones((60, 2)), np.ones((60, 2)), np.repeat([0, 1, 2], 20)
+        b[split == 2], a[:3], b[:3] = np.nan, np.nan, np.nan
+        text = " ".join(said(a=a, b=b, labels=np.arange(60) % 2, split=split).split())
+        assert "data: 57 rows" in text and "17 train, 20 validation, 20 test rows" in text
+        assert "Note: 3 rows without any modality are left out." in text
+        count = "0 of 17 train, 0 of 20 validation, 20 of 20 test rows"
+        assert f"Note: b is missing in {count}" in text and "a is missing" not in text

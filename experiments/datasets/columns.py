@@ -19,7 +19,9 @@ MOST_WORDS = 10
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", re.IGNORECASE | re.ASCII)
 _ID = re.compile(r"(?i:(.*[\W_])?(ids?|uuid|barcode))|.*[a-z]I[Dd]")
 _PERSON = r"(sample|case|subject|patient|participant|donor|person|user|speaker)s?"
-_PERHAPS_ID = re.compile(rf"(?i:row([\W_]?names?)?|index|idx|names?|key|{_PERSON}([\W_]?name)?)")
+_PERHAPS_ID = re.compile(
+    rf"(?i:row([\W_]?names?)?|index|idx|names?|key|unnamed: 0.*|{_PERSON}([\W_]?name)?)"
+)
 _GROUP = re.compile(
     rf"(?i:({_PERSON}|groups?|family|batch|site|plate|cent(er|re)|hospital)([\W_]?(id|name|no))?)"
 )
@@ -116,17 +118,20 @@ def _booleans(cells: np.ndarray) -> np.ndarray | None:
     return np.where(np.isin(low, UNKNOWN), np.nan, low == "true")
 
 
-def take_ids(frame: Frame) -> tuple[Frame, str]:
+def take_ids(frame: Frame, features: Sequence[str] | None = None) -> tuple[Frame, str]:
     """The frame with the ids of its rows apart from its columns, and what held them.
+
+    Of columns that a trained model knows as `features` none holds ids.
 
     Raises:
       InputError: an id is there twice, or missing.
     """
     start = what = None
-    if frame.names and frame.names[0] in ("", "Unnamed: 0") and len(frame.columns) > 1:
+    if frame.names and frame.names[0] == "" and len(frame.columns) > 1:
         start, what = 0, "the first column, which has no name"
     second = 0 if start is None else 1
-    if second + 1 < len(frame.columns) and _holds_ids(frame, second):
+    name = frame.name(second) if second + 1 < len(frame.columns) else ""
+    if name and name not in (features or ()) and _holds_ids(frame, second):
         start, what = second, f"the column {frame.name(second)}" if frame.names else "column 1"
     if start is None or what is None:
         return frame, ""
@@ -152,7 +157,7 @@ def _holds_ids(frame: Frame, column: int) -> bool:
         return False
     distinct, rows = len(np.unique(cells)), len(cells)
     if numbers(frame.columns[column]) is None:
-        return distinct == rows > 1 or distinct > max(MOST_WORDS, rows // 2)
+        return distinct == rows or distinct > max(MOST_WORDS, rows // 2)
     if not is_id_name(name) or not all(map(str.isdigit, cells)):
         return False
     return distinct > rows // 2 or _ID.fullmatch(name) is not None

@@ -1,8 +1,9 @@
 """Reading .csv files from outside: what separates their cells, and whether names come first.
 
 Commas, semicolons, tabs, bars or spaces; UTF-8, or UTF-16 with its mark; quoted cells; a decimal
-comma where commas separate nothing. Lines at the top that begin with # are comments, or the header
-if they have as many cells as the others. What cannot be told is refused.
+comma where commas separate nothing. Lines at the top that begin with # are comments; the last of
+them is the header if it has as many cells as the others, three or more, and there is none else.
+What cannot be told is refused, here or, if only the other files can tell, in ``files``.
 """
 
 import csv
@@ -172,7 +173,7 @@ def _without_comments(lines: list[Line], notes: list[str]) -> list[Line]:
     if not top or not rest:
         return lines
     number, cells = lines[top - 1]
-    header = len(rest[0][1]) == len(cells) > 1 and _header([cells for _, cells in rest]) is False
+    header = len(rest[0][1]) == len(cells) > 2 and _header([cells for _, cells in rest]) is False
     if top > header:
         notes.append("lines with a # at the top are comments")
     return [(number, [cells[0].lstrip("# "), *cells[1:]]), *lines[top:]] if header else lines[top:]
@@ -226,8 +227,8 @@ def refuse_two_commas(sheets: Iterable[Sheet]) -> None:
     sheets = list(sheets)
     decimal = any(sheet.commas == "decimal" for sheet in sheets)
     for sheet in sheets:
-        rows = [cells for _, cells in sheet.lines[1:] or sheet.lines]
-        if sheet.commas != "separator" or len(rows[0]) != 2:
+        rows = [cells for _, cells in sheet.lines]
+        if sheet.header or sheet.commas != "separator" or len(rows[0]) != 2:
             continue
         if any(not cell.removeprefix("-").isdigit() for cells in rows for cell in cells):
             continue
@@ -246,7 +247,12 @@ def _with_point(cell: str) -> str:
 
 
 def _header(rows: Sequence[Sequence[str]]) -> bool | None:
-    """Whether the first line holds names; None: it may, or not."""
+    """Whether the first line holds names; None: it may, or not.
+
+    It does if a word stands over numbers, or numbers over words; over an index; if it counts from
+    0; or if a name is one of those that ids and labels have. It does not if a word is there again
+    further down, or beside a number that is no name: names that are numbers are whole and rise.
+    """
     head, columns = rows[0], list(zip(*rows[1:], strict=False))
     named = [not is_number(cell) and not is_unknown(cell) for cell in head]
     if not columns:

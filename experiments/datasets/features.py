@@ -40,6 +40,7 @@ from experiments.datasets.preprocess import Moments
 
 RESERVED = ("labels", "split", "groups", "mask", "ids")
 CALLED = ("y", "label", "target", "targets", "class", "classes")  # what others call the labels
+FEWEST_GROUPS = 3  # to train, to validate and to test on
 RARE = 3  # rows of a class, or groups with it; with fewer it cannot be in all parts
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -171,6 +172,9 @@ def strata(table: Table) -> np.ndarray:
       InputError: hardly any other rows.
     """
     labels, rows = table.labels, len(table.labels)
+    units = rows if table.groups is None else len(np.unique(table.groups))
+    if units < FEWEST_GROUPS:
+        raise InputError(f"there are {units} groups; at least {FEWEST_GROUPS} are needed to split")
     if table.kind == "regression":
         return np.argsort(np.argsort(labels, kind="stable")) * min(10, rows // 7) // rows
     count = groups_by_class(table)
@@ -181,7 +185,7 @@ def strata(table: Table) -> np.ndarray:
         _, group = np.unique(labels[:, np.argsort(count)], axis=0, return_inverse=True)
     if np.sum(~rare) < FEWEST:
         raise InputError(
-            f"labels: {table.classes[count.argmin()]!r} has {count.min()} of {rows} "
+            f"labels: {table.classes[count.argmin()]!r} has {count.min()} of {units} "
             f"{'rows' if table.groups is None else 'groups'}, and only {np.sum(~rare)} rows are of "
             f"classes with {RARE} or more; join classes, give a split, or say --task regression"
         )

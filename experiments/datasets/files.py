@@ -15,6 +15,7 @@ from experiments.datasets.parquet import read_parquet
 
 Note = tuple[str, str]  # of which file, what
 BESIDE = ("groups", "split")  # what labels.csv may hold as columns
+NO_FEATURES = ("labels", "mask", *BESIDE)
 FORMATS = ".npz, .npy, .csv, .tsv, .txt, .parquet, .h5ad or .h5mu"
 MADE = {  # lines of Python that make a file that is read
     ".mat": "numpy.savez('{0}.npz', **{{k: x for k, x in scipy.io.loadmat('{0}.mat').items() "
@@ -125,31 +126,25 @@ def _of_arrays(arrays: Mapping[str, np.ndarray], path: Path, notes: list[Note]) 
         if _names_columns(x, arrays.values()):
             notes.append((path.name, f"{name} holds names of columns and is left out"))
             del arrays[name]
-        elif (
-            x.dtype.kind in "biuf" and x.ndim in (1, 2) and name not in ("labels", "mask", *BESIDE)
-        ):
+        elif x.dtype.kind in "biuf" and x.ndim in (1, 2) and name not in NO_FEATURES:
             columns = x.reshape(len(x), -1)
-            called = (
-                [name]
-                if x.ndim == 1
-                else [f"column {i + 1} of {name}" for i in range(columns.shape[1])]
-            )
+            numbered = (f"column {i + 1} of {name}" for i in range(columns.shape[1]))
+            called = [name] if x.ndim == 1 else list(numbered)
             notes += [(path.name, what) for what in suspicious(columns, called)]
-    text = None if ids is None else np.char.strip(ids.astype(str))
-    same = {
-        name: text is not None and x.ndim > 0 and len(x) == len(text) for name, x in arrays.items()
-    }
-    return {name: Part(x, text if same[name] else None) for name, x in arrays.items()}
+    if ids is None:
+        return {name: Part(x) for name, x in arrays.items()}
+    text = np.char.strip(ids.astype(str))
+    rows = {name: len(x) if x.ndim else 0 for name, x in arrays.items()}
+    return {n: Part(x, text if rows[n] == len(text) else None) for n, x in arrays.items()}
 
 
-def _names_columns(x: np.ndarray, others: Iterable[np.ndarray]) -> bool:
-    """Text as long as some array is wide, and no array of numbers is long."""
+def _names_columns(x: np.ndarray, arrays: Iterable[np.ndarray]) -> bool:
+    """Whether these are words, as many as an array is wide, and as none is long."""
     if x.dtype.kind not in "US" or x.ndim != 1:
         return False
-    numbers_ = [other for other in others if other.dtype.kind in "biuf" and other.ndim]
-    return any(len(x) == other.shape[-1] for other in numbers_ if other.ndim > 1) and not any(
-        len(x) == len(other) for other in numbers_
-    )
+    shapes = [other.shape for other in arrays if other.dtype.kind in "biuf" and other.ndim > 0]
+    wide = {shape[-1] for shape in shapes if len(shape) > 1}
+    return len(x) in wide - {shape[0] for shape in shapes}
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -163,13 +158,13 @@ def _settled(
     notes: list[Note],
 ) -> dict[Path, Frame]:
     """All tables with their ids; of some only the others tell whether they have a header."""
-    found = {path: _with_ids(path, frame, notes) for path, frame in frames.items()}
+    found = {path: _with_ids(path, frame, known, notes) for path, frame in frames.items()}
 
     def add(path: Path, header: bool) -> None:
         sheet = sheets[path]._replace(header=header)
         notes.append((path.name, "the first line is a header" if header else "there is no header"))
         notes.extend((path.name, what) for what in sheet.notes)
-        found[path] = _with_ids(path, sheet.frame(), notes)
+        found[path] = _with_ids(path, sheet.frame(), known, notes)
 
     for path, sheet in sheets.items():
         if sheet.header is not None:
@@ -183,29 +178,37 @@ def _settled(
     return found
 
 
-def _with_ids(path: Path, frame: Frame, notes: list[Note]) -> Frame:
-    frame, what = take_ids(frame)
+def _with_ids(
+    path: Path, frame: Frame, known: Mapping[str, Known] | None, notes: list[Note]
+) -> Frame:
+    frame, what = take_ids(frame, known[path.stem].names if known and path.stem in known else None)
     if what:
         notes.append((path.name, f"rows are joined by the ids in {what}"))
     return frame
 
 
 def _share_ids(frames: dict[Path, Frame], parts: Mapping[str, Part], notes: list[Note]) -> None:
-    """Takes as ids whole numbers, another in every row, that come first in all of the files."""
-    ids = _ids([*parts.values(), *(Part(f.columns[0], f.ids) for f in frames.values())])
+    """Takes as ids whole numbers, another in every row, that are first in all files.
+
+    If they do no more than count, they may be ranks: then all files have the same header there.
+    """
     first = {path: _whole_numbers(frame) for path, frame in frames.items() if frame.ids is None}
-    if not ids and len(first) > 1 and not parts:
-        ids = set.intersection(*first.values())
-    shared = {path: 2 * len(cells & ids) >= len(cells) > 0 for path, cells in first.items()}
-    if any(part.ids is None for part in parts.values()) or not all(shared.values()):
+    names = {(frames[path].names or (None,))[0] for path in first}
+    ids = _ids([*parts.values(), *(Part(f.columns[0], f.ids) for f in frames.values())])
+    others = bool(ids)
+    if any(part.ids is None for part in parts.values()) or (not others and len(first) < 2):
         return
-    for path in shared:
-        notes.append(
-            (path.name, "rows are joined by the first column, whole numbers that files share")
-        )
+    ids = ids or set.intersection(*first.values())
+    counts = ids <= set(map(str, range(len(ids) + 1)))
+    if counts and (others or len(names) > 1):
+        return
+    if not all(2 * len(cells & ids) >= len(cells) > 0 for cells in first.values()):
+        return
+    for path in first:
         frame = frames[path]
-        cells = frame.columns[0].astype(str)
-        frames[path] = frame.after(1)._replace(ids=cells)
+        frames[path] = frame.after(1)._replace(ids=frame.columns[0].astype(str))
+        what = "rows are joined by whole numbers that all files have in the first column"
+        notes.append((path.name, what))
 
 
 def _ids(parts: Iterable[Part]) -> set[str]:
@@ -306,8 +309,16 @@ def _of_labels(path: Path, frame: Frame, labels: str) -> dict[str, Part]:
     )
     if not chosen:
         raise InputError(f"{path} has no column of labels, only {', '.join(names)}")
+    if len(chosen) > 1 and names and not _are_members(_columns(frame, chosen)):
+        called = ", ".join(names[i] for i in chosen)
+        raise InputError(f"{path} has columns {called}; say which to learn, --labels COLUMN")
     picked = {"labels": chosen, **{key: [i] for key, i in beside.items()}}
     return {key: _plain(_columns(frame, rows)) for key, rows in picked.items()}
+
+
+def _are_members(frame: Frame) -> bool:
+    """Whether there is nothing but zeros and ones."""
+    return all(x is not None and np.isin(x, (0, 1)).all() for x in map(numbers, frame.columns))
 
 
 def _columns(frame: Frame, columns: Sequence[int] | None) -> Frame:

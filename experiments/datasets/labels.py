@@ -138,7 +138,8 @@ def _columns(labels: np.ndarray, names: Sequence[str] | None, form: str, wanted:
     single = bool((labels.sum(axis=1) == 1).all())
     _refuse(wanted == "regression", wanted, form)
     _refuse(wanted == "classes" and not single, wanted, "rows of labels are not of one class each")
-    classes = tuple(names or (f"class {i}" for i in range(labels.shape[1])))
+    named = names and not all(map(str.isdigit, names))
+    classes = tuple(names if named and names else map("class {}".format, range(labels.shape[1])))
     if not single or wanted == "several":
         return Labels(labels.astype(np.float32), "multilabel", classes)
     said = "every row of labels has a single one: taken as classes; --task several keeps columns"

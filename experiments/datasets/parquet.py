@@ -1,6 +1,7 @@
 """Reading .parquet files, as pandas writes them; needs the extra "omics"."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,13 +34,13 @@ def read_parquet(path: Path) -> Frame:
     return frame._replace(names=names, columns=[index, *frame.columns])
 
 
-def frame_of(table, source: str) -> Frame:  # type: ignore[no-untyped-def]
+def frame_of(table: Any, source: str) -> Frame:
     """The columns of a pandas.DataFrame."""
     columns = [_column(table[name]) for name in table]
     return Frame(source, tuple(map(str, table.columns)), columns)
 
 
-def _column(values) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _column(values: Any) -> np.ndarray:
     """Numbers as they are, NaN for what is not known; anything else as text."""
     import pandas as pd
 
