@@ -42,7 +42,7 @@ from experiments.common.stopping import StoppedError, StopRequest
 from experiments.datasets import Dataset
 from experiments.datasets.features import Recipe
 from experiments.reporting.pictures import confusion_of, draw
-from experiments.reporting.run import print_results, report_markdown
+from experiments.reporting.run import beaten_by, print_results, report_markdown
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, begin_run, command_line, opened_run
 from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
@@ -57,6 +57,7 @@ from experiments.training.warm import free_bytes, needed_bytes
 SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
 OUTCOME = ("results.json", "report.md", "report.html")
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
+Floors = tuple[Mapping[str, Metrics], Sequence[str]]
 Config = TypeVar("Config", bound=CommonConfig)
 
 
@@ -86,10 +87,7 @@ class Job(NamedTuple):
     optimiser: optax.GradientTransformation
     schedule: Schedule
     folds: Folds = ()
-    floors: Callable[[float], tuple[Mapping[str, Metrics], Sequence[str]]] = lambda seconds: (
-        {},
-        (),
-    )
+    floors: Callable[[float], Floors] = lambda seconds: ({}, ())
     notes: Sequence[str] = ()
     recipe: Recipe | None = None
 
@@ -116,7 +114,9 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
         floors, of_floors = job.floors(outcome.seconds) if is_first() else ({}, ())
         results = results_of(job, config, outcome, floors)
         if is_first():
-            notes = [*_notes(outcome, job, config), *job.notes, *of_floors]
+            rows, monitor = len(job.dataset.test.labels), job.task.monitor
+            beaten = beaten_by(results["test"], floors, monitor, rows)
+            notes = [*beaten, *_notes(outcome, job), *job.notes, *of_floors]
             write_run(run_dir, job, config, outcome, results, notes)
             print_results(results, run_dir, outcome.fitted.history, notes)
             print(f"Done in {time.monotonic() - started:.0f} s.")
@@ -311,7 +311,7 @@ def _solver_summary(result: Evaluation) -> Metrics | None:
     }
 
 
-def _notes(outcome: Outcome, job: Job, config: CommonConfig) -> list[str]:
+def _notes(outcome: Outcome, job: Job) -> list[str]:
     fitted, refitted = outcome.fitted, outcome.final is not outcome.fitted
     notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
     notes.append(f"Training ended after epoch {fitted.history[-1]['epoch']}: {fitted.ending}.")

@@ -68,6 +68,32 @@ def test_classes_that_show_in_both_modalities_together(results):
     assert "the most frequent class" in report and "logistic regression" in report
 
 
+@pytest.mark.slow
+def test_the_order_of_positions_is_seen(results):
+    """Which half of an image is bright, and a number of its own in another modality."""
+    bright = RNG.standard_normal((N, 16, 16, 3))
+    bright[SIGN["a"] > 0, :, :8] += 1
+    bright[SIGN["a"] < 0, :, 8:] += 1
+    labels = 2 * (SIGN["a"] > 0) + (SIGN["b"] > 0)
+    got, *_ = results(a=bright, b=around(SIGN["b"], 6), labels=labels)
+    assert got["test"]["accuracy"] > 0.9 and got["selection"] == "cross-validation"
+
+
+@pytest.mark.slow
+def test_a_linear_model_far_above_is_said_first(results):
+    """The mean over positions, as asked for, shows nothing of what a linear model reads."""
+    bright = RNG.standard_normal((N, 6, 6, 1))
+    bright[:, :, :3] += SIGN["a"][:, None, None, None]
+    bright[:, :, 3:] -= SIGN["a"][:, None, None, None]
+    options = "--positions", "mean", "--fusion", "concat"
+    got, out, run_dir = results(*options, a=bright, labels=SIGN["a"])
+    assert got["test"]["accuracy"] < 0.8 < got["floors"]["logistic regression"]["accuracy"]
+    said = "Warning: logistic regression is far better"
+    assert said in out and out.index(said) < out.index("validation  ")
+    report = (run_dir / "report.md").read_text(encoding="utf-8")
+    assert report.index(said[9:]) < report.index("## Results")
+
+
 def test_several_classes_a_row(results):
     x = {name: around(sign, 5) for name, sign in SIGN.items()}
     labels = np.stack([SIGN["a"] > 0, SIGN["b"] > 0, SIGN["c"] * SIGN["a"] > 0], axis=1)

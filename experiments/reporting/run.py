@@ -4,6 +4,7 @@ Synthetic data is always called "sample (synthetic)".
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,25 @@ def split_notes(
     warned = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
     others = [note for note in notes if not note.startswith(WARNING)]
     return [*_of_results(results), *_of_history(history), *warned], others
+
+
+def beaten_by(
+    scores: Metrics, floors: Mapping[str, Metrics], metric: str, rows: int
+) -> Iterator[str]:
+    """A warning of every simpler model that is more than two standard errors above, by a metric.
+
+    √(p (1 − p) / n) is that of a share p of n rows; of a metric that is none it gives the size.
+    """
+    for name, floor in floors.items():
+        score, other = scores[metric], floor.get(metric)
+        if not (defined(score) and defined(other)):
+            continue
+        error = math.sqrt(max(other * (1 - other), 1 / rows) / rows)
+        if other > score + 2 * error:
+            yield (
+                f"{WARNING}{name} is far better: {metric} {number(other)} on the test rows, where "
+                f"the fusion has {number(score)}. Use it, or see what the fusion does not see."
+            )
 
 
 def _of_results(results: Results) -> Iterator[str]:
