@@ -9,6 +9,7 @@ seed, `ablation.md` and `ablation.png`; with the same `--run-dir` a run that was
 
 import argparse
 import dataclasses
+import shlex
 import statistics
 import sys
 import time
@@ -162,7 +163,7 @@ def train_all(
                     rows.append(trained(module, base, variant, seed, stop))
                 except StoppedError as stopped:
                     saved = f"{len(rows)} of {len(trainings)} trainings are saved"
-                    how = f"the same command with --run-dir {folder}"
+                    how = f"the same command with --run-dir {shlex.quote(str(folder))}"
                     raise StoppedError(saved, how, stop.number or stopped.number) from None
                 settings["versions"] = versions()
                 write_json(folder / "ablation.json", {**settings, "rows": rows})

@@ -11,6 +11,7 @@ there already, finished, are taken as they are; unfinished ones are resumed.
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def run_all(options: argparse.Namespace, base: CommonConfig, folder: Path) -> li
             try:
                 rows.append(finished(options.experiment, config, run_dir) or chosen.run(config))
             except StoppedError as stopped:
-                how = f"the same command with --run-dir {folder}"
+                how = f"the same command with --run-dir {shlex.quote(str(folder))}"
                 raise StoppedError(f"{run_dir}: {stopped.saved}", how, stopped.number) from None
         jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
     return rows

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -253,7 +254,7 @@ def stopping(job: Job, run_dir: Path) -> Iterator[StopRequest]:
         try:
             yield asked
         except StoppedError as stopped:
-            how = f"the same command with --resume --run-dir {run_dir}"
+            how = f"the same command with --resume --run-dir {shlex.quote(str(run_dir))}"
             number = asked.number or stopped.number
             raise StoppedError(stopped.saved, how, number) from None
 

@@ -253,7 +253,7 @@ class Forks:
 
     def start(self, run_dir):
         self.count += 1
-        more = ["--epochs", 300, "--patience", 300, "--resume"]
+        more = ["--epochs", 600, "--patience", 600, "--resume"]
         words, log = command(self.tmp_path, run_dir, *more)[3:], self.tmp_path / f"{self.count}.log"
         process = self.server.Process(target=in_a_fork, args=(words, log))
         process.start()

@@ -81,8 +81,8 @@ class StopRequest:
                 continue
             come += 1
             if come > 1:
-                if sys.stdout.isatty():
-                    print("\033[?25h", end="", flush=True)  # the cursor, which a progress bar hides
+                if sys.__stdout__ and sys.__stdout__.isatty():  # a progress bar hides the cursor
+                    print("\033[?25h", file=sys.__stdout__, flush=True)
                 os._exit(128 + heard[0])
             with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
                 print(f"stopping: {self.answer}", file=sys.stderr, flush=True)

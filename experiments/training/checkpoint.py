@@ -214,16 +214,18 @@ class Checkpoints:
         """Removes steps; every process has to have listed them before."""
         wait_for_all("checkpoints to be removed")
         if is_first():
-            for aside in self.directory.glob("*.replaced"):
-                shutil.rmtree(aside)
+            for left in [*self.directory.glob("*.replaced"), *self.directory.glob("*.removed")]:
+                shutil.rmtree(left)
             self._clear(steps)
         wait_for_all("checkpoints removed")
 
     def _clear(self, steps: list[int]) -> None:
+        """Each step goes at once, whatever happens meanwhile."""
         for step in steps:
             self._seal(step).unlink(missing_ok=True)
             if (self.directory / str(step)).exists():
-                shutil.rmtree(self.directory / str(step))
+                (self.directory / str(step)).rename(self.directory / f"{step}.removed")
+            shutil.rmtree(self.directory / f"{step}.removed", ignore_errors=True)
 
     def _manager(self, cleanup_tmp_directories: bool = False) -> ocp.CheckpointManager:
         # Synchronous, because a step is sealed only once all of it is on disk; and without
