@@ -58,7 +58,7 @@ class Config(CommonConfig):
     POSITIONAL: ClassVar = ("data",)
 
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
-    labels: str = ""
+    labels: str | None = None
     task: Wanted = "auto"
     features: int = 64
     hidden: int = 128
@@ -153,7 +153,7 @@ def prepare(table: Table, seed: int) -> tuple[Dataset, Recipe]:
 
 def load(config: Config) -> tuple[Kind, Dataset, Recipe]:
     """What kind of labels the files hold, the data, how they were made; says what was found."""
-    table = read(config.data, config.labels, config.task)
+    table = read(config.data, config.labels or "", config.task)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
     dataset, recipe = prepare(table, config.seed)
