@@ -10,7 +10,9 @@ import scipy.sparse
 
 from experiments.common.errors import InputError
 from experiments.datasets import Split
+from experiments.datasets.columns import Known
 from experiments.datasets.features import Table, missing, read, strata
+from experiments.datasets.files import read_files
 from experiments.datasets.preprocess import draw_split, folds, standardise
 
 N = 12
@@ -206,6 +208,19 @@ class TestIds:
         )
         assert table.classes == ("class 0", "class 1", "class 2")
 
+    def test_several_columns_beside_the_ids(self, tmp_path):
+        paths = [
+            csv(tmp_path / "a.csv", ["id", "x", "y", "z"], IDS, X.T),
+            csv(tmp_path / "labels.csv", ["id", "label", "age"], IDS, [WORDS, CLASSES]),
+        ]
+        with pytest.raises(
+            InputError, match="has columns label, age; say which to learn, --labels"
+        ):
+            read(paths)
+        csv(paths[1], ["id", *"abc"], IDS, MEMBERS.T)
+        table = read(paths)
+        assert table.kind == "multilabel" and table.classes == ("a", "b", "c")
+
     def test_ids_of_an_npz_file(self, tmp_path, npz):
         data = npz(a=X[MIXED], ids=IDS[MIXED])
         labels = csv(tmp_path / "labels.csv", ["id", "label"], IDS, [WORDS])
@@ -348,6 +363,7 @@ class TestWhatIsGuessedAndSaid:
             ("x,y\n" + '"1,5",2\n' * 12, "holds '1,5' between commas"),
             ("1\n\n2\n" * 6, r"a\.csv, line 2 is blank; write NaN"),
             ("1,5\n2,05\n" * 6, "may be one number or two"),
+            ("x,y,z\n" + "1,2\n" * 12, r"a\.csv, line 2: 2 cells; expected 3"),
             ("a;1,b\nc;2,d\n" * 6, "may be separated by commas or semicolons"),
             ('x,y\n"1,2\n' * 6, "cannot be read as a .csv file"),
         ],
@@ -515,6 +531,10 @@ class TestFormats:
             np.testing.assert_array_equal(table.modalities["protein"], expected)
             assert labels_of(table).tolist() == WORDS.tolist()
             assert table.groups.tolist() == CLASSES.tolist()
+        known = {"rna": Known(("2", "0"), {})}  # the names are 0, 1 and 2
+        parts, notes = read_files([tmp_path / "rna.h5ad"], known=known)
+        np.testing.assert_array_equal(parts["rna"].values, X[:, [2, 0]])
+        assert notes == [("rna.h5ad", "columns that the model does not read: 1")]
         with pytest.raises(InputError, match="--labels COLUMN"):
             read([tmp_path / "rna.h5ad"])
         with pytest.raises(InputError, match="no obs has a column age"):

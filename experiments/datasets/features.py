@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.common.errors import InputError
-from experiments.datasets.columns import Part, first
-from experiments.datasets.files import Known, merged, read_files
+from experiments.datasets.columns import Known, Part, first
+from experiments.datasets.files import merged, read_files
 from experiments.datasets.join import joined
 from experiments.datasets.labels import FEWEST, Kind, Wanted, read_labels
 from experiments.datasets.preprocess import Moments
