@@ -374,9 +374,10 @@ class TestWhatIsGuessedAndSaid:
 
     @pytest.mark.parametrize("start", [0, 40])
     def test_numbers_that_may_be_none(self, tmp_path, start):
-        lines = ["nr,x,site", *(f"{start + i},{i % 3},{i // 6}" for i in range(N))]
+        lines = ["nr,x,site,donor", *(f"{start + i},{i % 3},{i // 6},d{i // 6}" for i in range(N))]
         x, notes = self.read(tmp_path, "\n".join(lines))
-        assert x.shape == (N, 3) and "nr is another whole number in every row" in notes
+        assert "donor is the same in several rows" in notes
+        assert x.shape == (N, 4) and "nr is another whole number in every row" in notes
         assert "site is the same in several rows" in notes and "call it groups" in notes
 
 
@@ -605,6 +606,7 @@ class TestWhatIsRefused:
             (b"", "holds no line of numbers"),
             (b"x,y\n", "holds no line of numbers"),
             (b"\xff\xfe1", "cannot be read as a .csv file"),
+            (b"0,1,2\n" + b"4,5,6\n" * 11, "is its first row none"),
             (b"3,1\n" * 13, "is its first row a header"),
         ],
     )

@@ -17,6 +17,9 @@ from experiments.common.errors import InputError
 
 UNKNOWN = ("", "na", "n/a", "#n/a", "nan", "<na>", "null", "none", "?", "-")  # in any case
 MOST_WORDS = 10
+TOGETHER = (
+    "{} is the same in several rows, and used as a feature; if those belong together call it groups"
+)
 Note = tuple[str, str]  # of which file, what
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", re.IGNORECASE | re.ASCII)
 _ID = re.compile(r"(?i:(.*[\W_])?(ids?|uuid|barcode))|.*[a-z]I[Dd]")
@@ -176,7 +179,9 @@ def _holds_ids(frame: Frame, column: int) -> bool:
 
 
 def _text(cells: np.ndarray) -> np.ndarray:
-    whole = cells.dtype.kind == "f" and (cells == np.round(cells)).all()
+    whole = (
+        cells.dtype.kind == "f" and (cells == np.round(cells)).all() and abs(cells).max() < 2**53
+    )
     return (cells.astype(np.int64) if whole else cells).astype(str)
 
 
@@ -205,6 +210,8 @@ def encode(
         columns += (shown := _one_hot(frame, i, found[name]))
         names += [""] * len(shown)
         notes.append(_said(name, found[name]))
+        if is_group_name(name):
+            notes.append(TOGETHER.format(name))
     values = np.stack(columns, axis=1)
     notes += suspicious(values, names)
     return Part(values, frame.ids, frame.names, found), notes
@@ -281,10 +288,7 @@ def suspicious(values: np.ndarray, names: Sequence[str]) -> Iterator[str]:
                 "the rows make it the first column and call it id, or leave it out"
             )
         elif distinct and is_group_name(name):
-            yield (
-                f"{name} is the same in several rows, and used as a feature; if those belong "
-                "together call it groups"
-            )
+            yield TOGETHER.format(name)
 
 
 def first(bad: np.ndarray) -> int | None:

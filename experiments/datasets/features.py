@@ -232,7 +232,8 @@ def modality(name: str, x: np.ndarray, rows: int) -> np.ndarray:
             f"leave {name} out"
         )
     if x.dtype.kind not in "biuf" or not x.ndim or len(x) != rows or not x.size:
-        hint = " (is its first row a header?)" if x.ndim and len(x) == rows + 1 else ""
+        hints = {rows + 1: " (is its first row a header?)", rows - 1: " (is its first row none?)"}
+        hint = hints.get(len(x), "") if x.ndim else ""
         raise InputError(
             f"{name} is {x.dtype} {x.shape}; expected numbers [{rows}, …], a row per label{hint}"
         )

@@ -4,6 +4,7 @@ Whether a first line is a header, and a first column ids, some files tell only b
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,5 +217,6 @@ def _plain(frame: Frame) -> Part:
 def _whole(cells: np.ndarray, x: Any) -> np.ndarray:
     """Integers, if that is how the cells are written."""
     if cells.dtype.kind == "U" and all(cell.lstrip("+-").isdigit() for cell in cells):
-        return cells.astype(np.int64)
+        with suppress(OverflowError):
+            return cells.astype(np.int64)
     return x
