@@ -363,6 +363,7 @@ class TestWhatIsGuessedAndSaid:
             ("x,y\n" + '"1,5",2\n' * 12, "holds '1,5' between commas"),
             ("1\n\n2\n" * 6, r"a\.csv, line 2 is blank; write NaN"),
             ("1,5\n2,05\n" * 6, "may be one number or two"),
+            ("0,1,2\n" + "4,5,6\n" * 11, "is its first row none"),
             ("x,y,z\n" + "1,2\n" * 12, r"a\.csv, line 2: 2 cells; expected 3"),
             ("a;1,b\nc;2,d\n" * 6, "may be separated by commas or semicolons"),
             ('x,y\n"1,2\n' * 6, "cannot be read as a .csv file"),
@@ -606,7 +607,6 @@ class TestWhatIsRefused:
             (b"", "holds no line of numbers"),
             (b"x,y\n", "holds no line of numbers"),
             (b"\xff\xfe1", "cannot be read as a .csv file"),
-            (b"0,1,2\n" + b"4,5,6\n" * 11, "is its first row none"),
             (b"3,1\n" * 13, "is its first row a header"),
         ],
     )

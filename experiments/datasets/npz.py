@@ -62,8 +62,8 @@ def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         if "Object arrays" not in str(error):
             raise
         raise InputError(
-            f"{name} is an object array, which nothing but pickle can read; save numbers as "
-            f"np.array({name}, float), and words or ids as np.array({name}, str)"
+            f"{name} is an object array, and only plain arrays are read; save numbers as "
+            f"np.array({name}, float), and words as fixed-width strings, np.array({name}, str)"
         ) from error
 
 
