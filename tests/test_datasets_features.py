@@ -281,6 +281,19 @@ class TestIds:
             read(paths)
 
 
+def test_a_feature_that_a_model_knows_holds_no_ids(tmp_path):
+    columns = [np.arange(N) * 3 + 50, *X.T]
+    paths = [csv(tmp_path / f"{n}.csv", ["time", "x", "y", "z"], None, columns) for n in "ab"]
+    known = {name: Known(("time", "x", "y", "z"), {}) for name in "ab"}
+    parts, _ = read_files(paths, known=known)
+    assert all(part.ids is None and part.values.shape == (N, 4) for part in parts.values())
+    parts, _ = read_files(paths)
+    assert all(part.ids is not None for part in parts.values())
+    one = csv(tmp_path / "a.csv", ["who", "time", "x", "y", "z"], None, [["p7"], *X[:4, :1]])
+    parts, _ = read_files([one], known=known)
+    assert parts["a"].ids.tolist() == ["p7"] and parts["a"].values.shape == (1, 4)
+
+
 class TestWhatIsGuessedAndSaid:
     def read(self, tmp_path, text, labels=None):
         path = tmp_path / "a.csv"

@@ -63,12 +63,12 @@ def _settled(
     for path, sheet in sheets.items():
         if sheet.header is not None:
             add(path, sheet.header)
-    _share_ids(found, parts, notes)
+    _share_ids(found, parts, known, notes)
     open_ = {path: sheet for path, sheet in sheets.items() if sheet.header is None}
     others = [*parts, *(Part(frame.columns[0], frame.ids) for frame in found.values())]
     for path, header in _headers(open_, others, known).items():
         add(path, header)
-    _share_ids(found, parts, notes)
+    _share_ids(found, parts, known, notes)
     return found
 
 
@@ -81,7 +81,12 @@ def _with_ids(
     return frame
 
 
-def _share_ids(frames: dict[Path, Frame], parts: Sequence[Part], notes: list[Note]) -> None:
+def _share_ids(
+    frames: dict[Path, Frame],
+    parts: Sequence[Part],
+    known: Mapping[str, Known] | None,
+    notes: list[Note],
+) -> None:
     """Takes as ids whole numbers, another in every row, that are first in all files.
 
     If they do no more than count, they may be ranks: then all files have the same header there.
@@ -90,7 +95,12 @@ def _share_ids(frames: dict[Path, Frame], parts: Sequence[Part], notes: list[Not
     names = {(frames[path].names or (None,))[0] for path in first}
     ids = _ids([*parts, *(Part(f.columns[0], f.ids) for f in frames.values())])
     others = bool(ids)
-    if any(part.ids is None for part in parts) or (not others and len(first) < 2):
+    features = {name for model in (known or {}).values() for name in model.names or ()}
+    if (
+        names & features
+        or any(part.ids is None for part in parts)
+        or (not others and len(first) < 2)
+    ):
         return
     ids = ids or set.intersection(*first.values())
     counts = ids <= set(map(str, range(len(ids) + 1)))
