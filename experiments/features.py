@@ -69,7 +69,7 @@ class Config(CommonConfig):
     POSITIONAL: ClassVar = ("data",)
 
     data: tyro.conf.Positional[tuple[Path, ...]] = ()
-    labels: str = ""
+    labels: str | None = None
     task: Wanted = "auto"
     features: int = 64
     hidden: int = 128
@@ -169,7 +169,7 @@ def drawn_folds(table: Table, split: np.ndarray, settings: Settings, seed: int) 
 
 def load(config: Config) -> Table:
     """What the files hold, with modalities and a fusion that can be."""
-    table = read(config.data, config.labels, config.task)
+    table = read(config.data, config.labels or "", config.task)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
     build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data

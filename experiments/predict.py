@@ -30,8 +30,9 @@ from jax import export as jax_export
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_text
+from experiments.datasets.columns import Known
 from experiments.datasets.features import hide, missing, modality
-from experiments.datasets.files import Known, merged, read_files
+from experiments.datasets.files import merged, read_files
 from experiments.datasets.join import joined
 from experiments.datasets.preprocess import scaled
 

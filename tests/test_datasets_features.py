@@ -10,7 +10,9 @@ import scipy.sparse
 
 from experiments.common.errors import InputError
 from experiments.datasets import Split
+from experiments.datasets.columns import Known
 from experiments.datasets.features import Table, missing, read, strata
+from experiments.datasets.files import read_files
 from experiments.datasets.preprocess import draw_split, folds, standardise
 
 N = 12
@@ -206,6 +208,19 @@ class TestIds:
         )
         assert table.classes == ("class 0", "class 1", "class 2")
 
+    def test_several_columns_beside_the_ids(self, tmp_path):
+        paths = [
+            csv(tmp_path / "a.csv", ["id", "x", "y", "z"], IDS, X.T),
+            csv(tmp_path / "labels.csv", ["id", "label", "age"], IDS, [WORDS, CLASSES]),
+        ]
+        with pytest.raises(
+            InputError, match="has columns label, age; say which to learn, --labels"
+        ):
+            read(paths)
+        csv(paths[1], ["id", *"abc"], IDS, MEMBERS.T)
+        table = read(paths)
+        assert table.kind == "multilabel" and table.classes == ("a", "b", "c")
+
     def test_ids_of_an_npz_file(self, tmp_path, npz):
         data = npz(a=X[MIXED], ids=IDS[MIXED])
         labels = csv(tmp_path / "labels.csv", ["id", "label"], IDS, [WORDS])
@@ -264,6 +279,19 @@ class TestIds:
         ]
         with pytest.raises(InputError, match=complaint):
             read(paths)
+
+
+def test_a_feature_that_a_model_knows_holds_no_ids(tmp_path):
+    columns = [np.arange(N) * 3 + 50, *X.T]
+    paths = [csv(tmp_path / f"{n}.csv", ["time", "x", "y", "z"], None, columns) for n in "ab"]
+    known = {name: Known(("time", "x", "y", "z"), {}) for name in "ab"}
+    parts, _ = read_files(paths, known=known)
+    assert all(part.ids is None and part.values.shape == (N, 4) for part in parts.values())
+    parts, _ = read_files(paths)
+    assert all(part.ids is not None for part in parts.values())
+    one = csv(tmp_path / "a.csv", ["who", "time", "x", "y", "z"], None, [["p7"], *X[:4, :1]])
+    parts, _ = read_files([one], known=known)
+    assert parts["a"].ids.tolist() == ["p7"] and parts["a"].values.shape == (1, 4)
 
 
 class TestWhatIsGuessedAndSaid:
@@ -348,6 +376,8 @@ class TestWhatIsGuessedAndSaid:
             ("x,y\n" + '"1,5",2\n' * 12, "holds '1,5' between commas"),
             ("1\n\n2\n" * 6, r"a\.csv, line 2 is blank; write NaN"),
             ("1,5\n2,05\n" * 6, "may be one number or two"),
+            ("0,1,2\n" + "4,5,6\n" * 11, "is its first row none"),
+            ("x,y,z\n" + "1,2\n" * 12, r"a\.csv, line 2: 2 cells; expected 3"),
             ("a;1,b\nc;2,d\n" * 6, "may be separated by commas or semicolons"),
             ('x,y\n"1,2\n' * 6, "cannot be read as a .csv file"),
         ],
@@ -358,9 +388,10 @@ class TestWhatIsGuessedAndSaid:
 
     @pytest.mark.parametrize("start", [0, 40])
     def test_numbers_that_may_be_none(self, tmp_path, start):
-        lines = ["nr,x,site", *(f"{start + i},{i % 3},{i // 6}" for i in range(N))]
+        lines = ["nr,x,site,donor", *(f"{start + i},{i % 3},{i // 6},d{i // 6}" for i in range(N))]
         x, notes = self.read(tmp_path, "\n".join(lines))
-        assert x.shape == (N, 3) and "nr is another whole number in every row" in notes
+        assert "donor is the same in several rows" in notes
+        assert x.shape == (N, 4) and "nr is another whole number in every row" in notes
         assert "site is the same in several rows" in notes and "call it groups" in notes
 
 
@@ -515,6 +546,10 @@ class TestFormats:
             np.testing.assert_array_equal(table.modalities["protein"], expected)
             assert labels_of(table).tolist() == WORDS.tolist()
             assert table.groups.tolist() == CLASSES.tolist()
+        known = {"rna": Known(("2", "0"), {})}  # the names are 0, 1 and 2
+        parts, notes = read_files([tmp_path / "rna.h5ad"], known=known)
+        np.testing.assert_array_equal(parts["rna"].values, X[:, [2, 0]])
+        assert notes == [("rna.h5ad", "columns that the model does not read: 1")]
         with pytest.raises(InputError, match="--labels COLUMN"):
             read([tmp_path / "rna.h5ad"])
         with pytest.raises(InputError, match="no obs has a column age"):

@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -84,6 +85,19 @@ def csv_of_labels(folder):
     return folder / "labels.csv", read
 
 
+def sparse_features(folder):
+    csv_of_features(folder)
+    path = folder / "thin.npz"
+    scipy.sparse.save_npz(path, scipy.sparse.eye_array(12, 5, format="csr"))
+    return path, lambda: features.read([path, folder / "labels.csv"])
+
+
+def array_of_features(folder):
+    csv_of_features(folder)
+    np.save(folder / "a.npy", np.ones((12, 2)))
+    return folder / "a.npy", lambda: features.read([folder / "a.npy", folder / "labels.csv"])
+
+
 def omics(folder):
     source = multiomics.Source(multiomics.COHORTS["rosmap"], write_rosmap(folder))
     return folder / "2_tr.csv", lambda: multiomics.read_tables(source, "train")
@@ -145,7 +159,8 @@ def run_directory(folder):
     return folder / "results.json", lambda: report.read_run(folder)
 
 
-READERS = [table_of_features, csv_of_features, csv_of_labels, omics, utterances, sentences, audio]
+READERS = [table_of_features, csv_of_features, csv_of_labels, sparse_features, array_of_features]
+READERS += [omics, utterances, sentences, audio]
 READERS += [hdf5, precomputed, poster, movies, run_directory]
 
 

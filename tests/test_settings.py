@@ -9,7 +9,7 @@ from experiments.training.settings import settings_for
     ("rows", "batch", "steps", "folds", "repeats"),
     [
         (28, 16, 400, 5, 3),
-        (240, 16, 400, 5, 3),
+        (240, 16, 400, 5, 1),
         (999, 64, 400, 5, 1),
         (1000, 64, 1300, 0, 1),  # 13 batches an epoch, 100 epochs
         (1700, 128, 1100, 0, 1),

@@ -8,6 +8,7 @@ text: 001 is not 1. A column of two words becomes 0 and 1, in alphabetical order
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from experiments.common.errors import InputError
 
 UNKNOWN = ("", "na", "n/a", "#n/a", "nan", "<na>", "null", "none", "?", "-")  # in any case
 MOST_WORDS = 10
+TOGETHER = (
+    "{} is the same in several rows, and used as a feature; if those belong together call it groups"
+)
+Note = tuple[str, str]  # of which file, what
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", re.IGNORECASE | re.ASCII)
 _ID = re.compile(r"(?i:(.*[\W_])?(ids?|uuid|barcode))|.*[a-z]I[Dd]")
 _PERSON = r"(sample|case|subject|patient|participant|donor|person|user|speaker)s?"
@@ -51,9 +56,12 @@ class Frame(NamedTuple):
         where = f"row {row}" if self.lines is None else f"line {self.lines[row]}"
         return f"{self.source}, {where}"
 
-    def after(self, column: int) -> "Frame":
-        names = self.names and self.names[column:]
-        return self._replace(names=names, columns=self.columns[column:])
+    def take(self, columns: Sequence[int] | None) -> "Frame":
+        """Some of the columns; None: all of them."""
+        if columns is None:
+            return self
+        names = self.names and tuple(self.names[i] for i in columns)
+        return self._replace(names=names, columns=[self.columns[i] for i in columns])
 
 
 class Part(NamedTuple):
@@ -70,6 +78,13 @@ class Part(NamedTuple):
     ids: np.ndarray | None = None
     names: tuple[str, ...] | None = None
     words: Mapping[str, Sequence[str]] = {}
+
+
+class Known(NamedTuple):
+    """What a trained model knows of the columns of a modality: their names, and words in them."""
+
+    names: tuple[str, ...] | None
+    words: Mapping[str, Sequence[str]]
 
 
 def is_number(cell: str) -> bool:
@@ -139,7 +154,7 @@ def take_ids(frame: Frame, features: Sequence[str] | None = None) -> tuple[Frame
     if (row := first(are_unknown(ids))) is not None:
         raise InputError(f"{frame.place(row)} has no id in {what}")
     refuse_twice(ids, frame.source)
-    return frame.after(start + 1)._replace(ids=ids), what
+    return frame.take(range(start + 1, len(frame.columns)))._replace(ids=ids), what
 
 
 def refuse_twice(ids: np.ndarray, source: str) -> None:
@@ -164,7 +179,9 @@ def _holds_ids(frame: Frame, column: int) -> bool:
 
 
 def _text(cells: np.ndarray) -> np.ndarray:
-    whole = cells.dtype.kind == "f" and (cells == np.round(cells)).all()
+    whole = (
+        cells.dtype.kind == "f" and (cells == np.round(cells)).all() and abs(cells).max() < 2**53
+    )
     return (cells.astype(np.int64) if whole else cells).astype(str)
 
 
@@ -193,6 +210,8 @@ def encode(
         columns += (shown := _one_hot(frame, i, found[name]))
         names += [""] * len(shown)
         notes.append(_said(name, found[name]))
+        if is_group_name(name):
+            notes.append(TOGETHER.format(name))
     values = np.stack(columns, axis=1)
     notes += suspicious(values, names)
     return Part(values, frame.ids, frame.names, found), notes
@@ -269,12 +288,22 @@ def suspicious(values: np.ndarray, names: Sequence[str]) -> Iterator[str]:
                 "the rows make it the first column and call it id, or leave it out"
             )
         elif distinct and is_group_name(name):
-            yield (
-                f"{name} is the same in several rows, and used as a feature; if those belong "
-                "together call it groups"
-            )
+            yield TOGETHER.format(name)
 
 
 def first(bad: np.ndarray) -> int | None:
     """The first row in which there is any."""
     return int(np.argwhere(bad)[0, 0]) if bad.any() else None
+
+
+def in_order(
+    names: tuple[str, ...] | None, wanted: tuple[str, ...] | None, path: Path, notes: list[Note]
+) -> Sequence[int] | None:
+    """Where the columns of a model are, by their names where both have some; None: as they are."""
+    if not names or not wanted or names == wanted:
+        return None
+    if lacking := [name for name in wanted if name not in names]:
+        raise InputError(f"{path} has no column {lacking[0]!r}, which the model reads")
+    if more := [name for name in names if name not in wanted]:
+        notes.append((path.name, f"columns that the model does not read: {', '.join(more)}"))
+    return [names.index(name) for name in wanted]

@@ -32,8 +32,8 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.common.errors import InputError
-from experiments.datasets.columns import Part, first
-from experiments.datasets.files import Known, merged, read_files
+from experiments.datasets.columns import Known, Part, first
+from experiments.datasets.files import merged, read_files
 from experiments.datasets.join import joined
 from experiments.datasets.labels import FEWEST, Kind, Wanted, read_labels
 from experiments.datasets.preprocess import Moments
@@ -233,7 +233,8 @@ def modality(name: str, x: np.ndarray, rows: int) -> np.ndarray:
             f"leave {name} out"
         )
     if x.dtype.kind not in "biuf" or not x.ndim or len(x) != rows or not x.size:
-        hint = " (is its first row a header?)" if x.ndim and len(x) == rows + 1 else ""
+        hints = {rows + 1: " (is its first row a header?)", rows - 1: " (is its first row none?)"}
+        hint = hints.get(len(x), "") if x.ndim else ""
         raise InputError(
             f"{name} is {x.dtype} {x.shape}; expected numbers [{rows}, …], a row per label{hint}"
         )

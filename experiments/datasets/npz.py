@@ -1,6 +1,9 @@
 """Reading .npz and .npy files from outside: arrays and sparse matrices, nothing is unpickled."""
 
+import tokenize
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,17 @@ import scipy.sparse
 
 from experiments.common.errors import InputError
 from experiments.common.memory import total_memory
+
+DAMAGE = (  # what NumPy, SciPy and zipfile raise
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -23,16 +37,22 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             handle.seek(0)
             with np.load(handle, allow_pickle=False) as file:
                 if {"format", "shape", "data"} <= set(file.files):
-                    handle.seek(0)
-                    return {path.stem: dense(scipy.sparse.load_npz(handle), str(path))}
+                    return {path.stem: _sparse(path)}
                 return {name: _array(file, name) for name in file.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except DAMAGE as error:
         raise InputError(
             f"{path} cannot be read as an .npz file of plain arrays ({error}); "
             "write it with np.savez, fixed-width strings and no object arrays"
         ) from error
+
+
+def _sparse(path: Path) -> np.ndarray:
+    matrix = scipy.sparse.load_npz(path)
+    if hasattr(matrix, "check_format"):
+        matrix.check_format()  # filling up writes where the indices say, whatever they are
+    return dense(matrix, str(path))
 
 
 def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
@@ -42,8 +62,8 @@ def _array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
         if "Object arrays" not in str(error):
             raise
         raise InputError(
-            f"{name} is an object array, which nothing but pickle can read; save numbers as "
-            f"np.array({name}, float), and words or ids as np.array({name}, str)"
+            f"{name} is an object array, and only plain arrays are read; save numbers as "
+            f"np.array({name}, float), and words as fixed-width strings, np.array({name}, str)"
         ) from error
 
 
@@ -54,9 +74,9 @@ def read_npy(path: Path) -> np.ndarray:
       InputError: it cannot be read, or holds objects.
     """
     try:
-        with path.open("rb") as handle:
+        with path.open("rb") as handle, warnings.catch_warnings(action="ignore"):  # of Python 2
             return np.lib.format.read_array(handle, allow_pickle=False)
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (*DAMAGE, tokenize.TokenError) as error:
         raise InputError(
             f"{path} cannot be read as an .npy file of numbers or words ({error}); write it with "
             "np.save, and no object array"

@@ -22,7 +22,7 @@ def read_parquet(path: Path) -> Frame:
         raise InputError(f"{path}: .parquet files need pip install -e '.[omics]'") from error
     try:
         table = pd.read_parquet(path, engine="pyarrow")
-    except (OSError, ValueError) as error:  # pyarrow's complaints are either
+    except Exception as error:  # those of pyarrow and pandas have little in common
         raise InputError(f"{path} cannot be read as a .parquet file: {error}") from error
     if not table.size:
         raise InputError(f"{path} holds no line of numbers")

@@ -1,7 +1,7 @@
 """How long to train on data that nobody has tuned anything for: a rule, by the number of rows.
 
     rows                 what selects the epoch                                            batch
-    fewer than 1,000     the mean over five folds, repeated until a thousand rows were     rows / 8,
+    fewer than 1,000     the mean over five folds, repeated until some 300 rows were       rows / 8,
                          held out, three times at most; 400 steps                          16 … 256
     1,000 or more        the validation rows; 20,000 steps at most, and 100 epochs, or
                          1,000 steps where that is more
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from experiments.training.schedule import Schedule
 
 FEW = 1000  # rows; of fewer a seventh is too small to select an epoch
-FOLDS, REPEATS, HELD_OUT = 5, 3, 1000
+FOLDS, REPEATS, HELD_OUT = 5, 3, 300
 EVALUATED, PATIENCE = 20, 400  # steps
 
 
