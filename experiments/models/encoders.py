@@ -158,7 +158,7 @@ class FeatureEncoder(nn.Module):
         there = ~jnp.all(unknown, axis=-1, keepdims=True)
         x = jnp.where(unknown, 0, x)
         if self.positions == "ordered" and axes in COARSE:
-            h = PositionEncoder(self.hidden, self.dropout)(x, there, train)
+            h = PositionEncoder(-(-self.hidden // 2), self.dropout)(x, there, train)
         else:
             h = nn.relu(nn.Dense(self.hidden)(x))
             h = mean_over_positions(nn.Dropout(self.dropout, deterministic=not train)(h), there)
@@ -168,16 +168,16 @@ class FeatureEncoder(nn.Module):
 class PositionEncoder(nn.Module):
     """Sequences [N, T, d] or images [N, H, W, d] → [N, k], where the order of positions tells.
 
-    Two convolutions over three positions (an axis), each with ReLU; further ones of stride 2 while
+    A convolution did as well as attention with positions, in a third of its time. Two convolutions over three positions (an axis), each with ReLU; further ones of stride 2 while
     an axis is longer than COARSE. What is left of an image is read position by position, [N, k]
-    with k = h w hidden; of a sequence, whose length may differ, the mean over positions, k =
-    hidden. A sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al.,
+    with k = h w channels; of a sequence, whose length may differ, the mean over positions, k =
+    channels. A sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al.,
     2017), or the mean could not tell first from last.
 
     `there` [N, …, 1] says which positions there are; the others change nothing.
     """
 
-    hidden: int
+    channels: int
     dropout: float
 
     @nn.compact
@@ -188,7 +188,7 @@ class PositionEncoder(nn.Module):
         h, done = jnp.where(there, x, 0), 0
         while done < 2 or max(h.shape[1:-1]) > COARSE[axes]:
             stride = 2 if max(h.shape[1:-1]) > COARSE[axes] else 1
-            h = nn.relu(nn.Conv(self.hidden, (3,) * axes, stride, padding=1)(h))
+            h = nn.relu(nn.Conv(self.channels, (3,) * axes, stride, padding=1)(h))
             there = nn.max_pool(there, (stride,) * axes, (stride,) * axes, "SAME")
             h, done = jnp.where(there, h, 0), done + 1
         h = h.reshape(len(h), -1) if axes == 2 else mean_over_positions(h, there)
