@@ -168,11 +168,12 @@ class FeatureEncoder(nn.Module):
 class PositionEncoder(nn.Module):
     """Sequences [N, T, d] or images [N, H, W, d] → [N, k], where the order of positions tells.
 
-    A convolution did as well as attention with positions, in a third of its time. Two convolutions over three positions (an axis), each with ReLU; further ones of stride 2 while
-    an axis is longer than COARSE. What is left of an image is read position by position, [N, k]
-    with k = h w channels; of a sequence, whose length may differ, the mean over positions, k =
-    channels. A sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al.,
-    2017), or the mean could not tell first from last.
+    Two convolutions over three positions (an axis), each with ReLU, or more; of stride 2 while an
+    axis is longer than COARSE. What is left of an image is read position by position, k = h w
+    channels; of a sequence, whose length may differ, the mean over positions, k = channels. A
+    sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al., 2017), or
+    the mean could not tell first from last. Attention did no better on sequences, and took three
+    times as long.
 
     `there` [N, …, 1] says which positions there are; the others change nothing.
     """
