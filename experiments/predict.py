@@ -15,7 +15,6 @@ import io
 import json
 import sys
 import tempfile
-import textwrap
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from jax import export as jax_export
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_text
+from experiments.common.text import note
 from experiments.datasets.columns import Known
 from experiments.datasets.features import hide, missing, modality
 from experiments.datasets.files import merged, read_files
@@ -227,13 +227,13 @@ def main() -> None:
     check_writable(config.out)
     model = read_model(config.model)
     rows = read_rows(config.data, model.about)
-    for note in rows.notes:
-        print(textwrap.fill(f"Note: {note}.", 100, subsequent_indent=" " * 6))
+    for text in rows.notes:
+        print(note(text))
     refuse_unless_honoured(model, rows)
     found = predict(model, rows.inputs)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table(found, rows, model.about))
-    write_text(config.out, text.getvalue())
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(table(found, rows, model.about))
+    write_text(config.out, lines.getvalue())
     known = is_predicted(found, rows)
     print(f"{len(known):,} rows by a model of {model.about['data']}: {config.out}")
     if empty := int((~known).sum()):

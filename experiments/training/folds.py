@@ -18,7 +18,7 @@ from experiments.training.feed import order_of_epoch, scan_steps
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
 from experiments.training.task import Task, Variables
-from experiments.training.train import Fitted, Training, fit, row_of, train_to_the_end
+from experiments.training.train import Fitted, Progress, Training, fit, row_of, train_to_the_end
 
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # of each the rows to train on, and those held out
 
@@ -33,6 +33,7 @@ def cross_validate(
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Progress = lambda epoch, means: None,
 ) -> Fitted:
     """As `fit`, with a model for each fold, all of them trained in turns by one program.
 
@@ -49,7 +50,7 @@ def cross_validate(
     best = copied(state.learned)
     training = Folding(task, schedule, held_out[0], None, None, checkpoints, state, best)
     training.held_out = held_out
-    return train_to_the_end(training, optimiser, fed, batch_size, report, stop, lambda *_: None)
+    return train_to_the_end(training, optimiser, fed, batch_size, report, stop, progress)
 
 
 def select(
@@ -61,16 +62,17 @@ def select(
     seed: int,
     checkpoints: Checkpoints | None = None,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    test: Split | None = None,
     **options: Any,
 ) -> Fitted:
     """The training that selects the epoch: `fit`, or where there are folds `cross_validate`."""
     assert dataset.validation is not None
     if folds:
-        rows, stop = join(dataset.train, dataset.validation), options.get("stop", lambda: False)
-        how = schedule, seed, checkpoints, report
-        return cross_validate(task, optimiser, rows, folds, *how, stop)
-    what = dataset.stream or dataset.train, dataset.validation, schedule, seed
-    return fit(task, optimiser, *what, checkpoints, report, **options)
+        what = join(dataset.train, dataset.validation), folds, schedule, seed, checkpoints, report
+        return cross_validate(task, optimiser, *what, **options)
+    train, validation = dataset.stream or dataset.train, dataset.validation
+    how = schedule, seed, checkpoints, report
+    return fit(task, optimiser, train, validation, *how, test=test, **options)
 
 
 class Folded(NamedTuple):
