@@ -103,7 +103,7 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
     started = time.monotonic()
     with joined(config.parallel), opened_run(experiment, config) as run_dir:
         job = job_of(config)
-        by_the_first(lambda: begin_run(run_dir, experiment, config))
+        by_the_first(lambda: begin_run(run_dir, experiment, config, job.schedule._asdict()))
         with mesh_of(config.parallel):
             if config.warm_start:
                 task = with_warm_starts(job.task, job.dataset.train.inputs, free_bytes())

@@ -158,8 +158,14 @@ def split_notes(
 ) -> tuple[list[str], list[str]]:
     """What went wrong, by the numbers themselves or a note "Warning: …", and the other notes."""
     warned = [note.removeprefix(WARNING) for note in notes if note.startswith(WARNING)]
-    others = [note for note in notes if not note.startswith(WARNING)]
+    others = [_plain(note) for note in notes if not note.startswith(WARNING)]
     return [*_of_results(results), *_of_history(history), *warned], others
+
+
+def _plain(note: str) -> str:
+    """A note of the terminal on one line, without the word."""
+    text = " ".join(note.split()).removeprefix("Note: ")
+    return text[:1].upper() + text[1:]
 
 
 def beaten_by(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,8 +171,10 @@ def _looked_at(experiment: str, config: CommonConfig) -> Iterator[Path]:
         yield run_dir
 
 
-def begin_run(run_dir: Path, experiment: str, config: CommonConfig) -> None:
-    """Writes config.json. The results of a shorter training are kept, as results.1.json."""
+def begin_run(
+    run_dir: Path, experiment: str, config: CommonConfig, chosen: Mapping[str, Any] | None = None
+) -> None:
+    """Writes config.json, with what was `chosen` where options do not say. The results of a shorter training are kept, as results.1.json."""
     for partial in run_dir.glob(".*.partial"):  # of a write that was killed
         partial.unlink()
     saved, results = saved_config(run_dir), run_dir / "results.json"
@@ -182,6 +184,7 @@ def begin_run(run_dir: Path, experiment: str, config: CommonConfig) -> None:
         "experiment": experiment,
         "command": command_line(experiment, config),
         "config": config_to_dict(config),
+        "chosen": chosen or {},
         "versions": versions(),
     }
     write_json(run_dir / "config.json", settings)

@@ -28,7 +28,8 @@ class Settings(NamedTuple):
 
     def __str__(self) -> str:
         epochs, batch, every, patience, *_ = self.schedule
-        selected = f"{self.folds} folds, {self.repeats} times" if self.folds else "validation rows"
+        again = f", {self.repeats} times over" if self.repeats > 1 else ""
+        selected = f"{self.folds} folds{again}" if self.folds else "validation rows"
         return (
             f"by the number of rows: batch {batch}, at most {epochs} epochs, an evaluation every "
             f"{every}, patience for {patience}; selected by {selected}"
