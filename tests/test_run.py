@@ -152,10 +152,9 @@ def test_a_refit_is_tested_and_the_first_training_reported(plain, tmp_path):
 class TestDirectory:
     def test_config(self, deq):
         saved = deq.json("config.json")
-        assert (
-            set(saved) == {"experiment", "command", "config", "versions"}
-            and saved["experiment"] == "toy"
-        )
+        assert set(saved) == {"experiment", "command", "config", "schedule", "versions"}
+        assert saved["experiment"] == "toy"
+        assert saved["schedule"]["epochs"] == saved["config"]["epochs"]
         assert saved["config"] == {
             **dataclasses.asdict(deq.config),
             "run_dir": str(deq.run_dir),

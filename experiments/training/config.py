@@ -172,9 +172,12 @@ def _looked_at(experiment: str, config: CommonConfig) -> Iterator[Path]:
 
 
 def begin_run(
-    run_dir: Path, experiment: str, config: CommonConfig, chosen: Mapping[str, Any] | None = None
+    run_dir: Path, experiment: str, config: CommonConfig, schedule: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes config.json, with what was `chosen` where options do not say. The results of a shorter training are kept, as results.1.json."""
+    """Writes config.json; the schedule is what options come to, or a rule where they do not say.
+
+    The results of a shorter training are kept, as results.1.json.
+    """
     for partial in run_dir.glob(".*.partial"):  # of a write that was killed
         partial.unlink()
     saved, results = saved_config(run_dir), run_dir / "results.json"
@@ -184,7 +187,7 @@ def begin_run(
         "experiment": experiment,
         "command": command_line(experiment, config),
         "config": config_to_dict(config),
-        "chosen": chosen or {},
+        "schedule": schedule,
         "versions": versions(),
     }
     write_json(run_dir / "config.json", settings)
