@@ -140,6 +140,12 @@ class Outcome(NamedTuple):
     last_epoch: Evaluation
 
     @property
+    def selected(self) -> Mapping[str, Any]:
+        """The row of the history that was selected."""
+        rows = self.fitted.history
+        return next(row for row in rows if row["epoch"] == self.fitted.best_epoch)
+
+    @property
     def seconds(self) -> float:
         """That training took."""
         both = (self.fitted,) if self.final is self.fitted else (self.fitted, self.final)
@@ -162,7 +168,6 @@ def results_of(
     """What results.json holds."""
     fitted, final, on_test, last_epoch = outcome
     labels, names = job.dataset.test.labels, job.dataset.classes
-    selected = next(row for row in fitted.history if row["epoch"] == fitted.best_epoch)
     refitted: Selection = "refit" if final is not fitted else "validation"
     return Results(
         experiment=job.experiment,
@@ -172,7 +177,7 @@ def results_of(
         seed=config.seed,
         selection="cross-validation" if job.folds else refitted,
         test=on_test.metrics,
-        validation=selected["validation"],
+        validation=outcome.selected["validation"],
         last_epoch=last_epoch.metrics,
         best_on_test=best_on_test(final.history, job.task.monitor),
         classes=per_class_f1(labels, on_test.probabilities, names) if names else None,
@@ -312,12 +317,12 @@ def _solver_summary(result: Evaluation) -> Metrics | None:
     }
 
 
-def _notes(outcome: Outcome, job: Job) -> list[str]:
+def _notes(outcome: Outcome, job: Job) -> Iterator[str]:
+    if not np.isfinite(outcome.selected["validation_loss"]):
+        how = "a smaller --learning-rate may help"
+        yield f"Warning: The training broke down: no epoch has a finite validation loss; {how}."
     fitted, refitted = outcome.fitted, outcome.final is not outcome.fitted
-    notes = [f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."]
-    notes.append(f"Training ended after epoch {fitted.history[-1]['epoch']}: {fitted.ending}.")
+    yield f"The best epoch by validation {job.task.monitor} is {fitted.best_epoch}."
+    yield f"Training ended after epoch {fitted.history[-1]['epoch']}: {fitted.ending}."
     if refitted:
-        notes.append(
-            "The test scores are of a second training, on the validation rows too, to that epoch."
-        )
-    return notes
+        yield "The test scores are of a second training, on the validation rows too, to that epoch."

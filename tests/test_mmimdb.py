@@ -131,16 +131,18 @@ class TestFeatures:
         assert status == 0 and results(run_dir)["test"]["micro_f1"] > 0.75
 
     def test_a_learning_rate_beyond_all_bounds_ends_cleanly(self, main, small, tmp_path):
-        """Weights of 1e10, then NaN: bad steps change nothing, and the report counts them."""
+        """Weights of 1e10, then NaN: bad steps change nothing, and the report counts them. It has
+        no scores, rather than those of the untrained weights."""
         run_dir = tmp_path / "run"
         status, _, _ = main(
             "--data-dir", small, "--fusion", "sum", "--run-dir", run_dir,
             "--learning-rate", 1e10, "--epochs", 5,
         )  # fmt: skip
         assert status == 0
-        assert all(np.isfinite(value) for value in results(run_dir)["test"].values())
+        assert all(value is None for value in results(run_dir)["test"].values())
         report = (run_dir / "report.md").read_text(encoding="utf-8")
         assert re.search(r"\d+ steps had no finite gradient, or inputs out of all range", report)
+        assert "The training broke down: no epoch has a finite validation loss" in report
 
 
 class TestRaw:

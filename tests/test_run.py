@@ -31,6 +31,7 @@ from experiments.training.config import (
     command_line,
     opened_run,
 )
+from experiments.training.folds import select
 from experiments.training.metrics import Results, multiclass_metrics
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, evaluate
@@ -87,7 +88,8 @@ class Run:
         )
         model = Model(build_fusion(self.config, ("a", "b")))
         task = Task(model, loss, multiclass_metrics, probabilities, monitor="macro_f1")
-        self.job = Job("toy", DATASET, task, optax.adam(1e-2), Schedule(2, 12), FLOORS)
+        self.job = Job("toy", DATASET, task, optax.adam(1e-2), Schedule(2, 12))
+        self.job = self.job._replace(floors=lambda seconds: (FLOORS, ()))
 
     def execute(self, **changes):
         config = dataclasses.replace(self.config, **changes)
@@ -310,16 +312,16 @@ class TestResume:
         path.write_bytes(whole + b'{"epoch": 3, "loss": 0.2')  # killed within a write
         lengths = []
 
-        def fit_and_look(*args, **options):
+        def select_and_look(*args, **options):
             *how, report = args
 
             def looking(row):
                 report(row)
                 lengths.append(len(path.read_bytes().splitlines()))
 
-            return fit(*how, looking, **options)
+            return select(*how, looking, **options)
 
-        monkeypatch.setattr("experiments.run.fit", fit_and_look)
+        monkeypatch.setattr("experiments.run.select", select_and_look)
         run.execute(epochs=4, resume=True)
         assert lengths == [4, 4, 4, 4, 5]
         assert path.read_bytes().startswith(whole)
@@ -343,11 +345,11 @@ class TestInUse:
     def test_a_run_has_it_while_it_trains_and_not_after(self, run, monkeypatch):
         seen = []
 
-        def fit_and_look(*args, **options):
+        def select_and_look(*args, **options):
             seen.append(run.json("running.json")["process"])
-            return fit(*args, **options)
+            return select(*args, **options)
 
-        monkeypatch.setattr("experiments.run.fit", fit_and_look)
+        monkeypatch.setattr("experiments.run.select", select_and_look)
         run.execute(resume=True)
         assert seen == [os.getpid()]
         assert not [name for name in (".lock", "running.json") if (run.run_dir / name).exists()]

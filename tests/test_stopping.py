@@ -89,7 +89,8 @@ def command(tmp_path, run_dir, *more):
         labels = rng.integers(0, 2, 4000)
         np.savez(path, a=rng.standard_normal((4000, 16)) + labels[:, None], labels=labels)
     words = ["-m", "experiments.features", path, "--run-dir", run_dir, "--fusion", "sum"]
-    return [sys.executable, *map(str, [*words, "--epochs", 4000, *more])]
+    # Batches so small that every epoch is evaluated.
+    return [sys.executable, *map(str, [*words, "--batch-size", 64, "--epochs", 4000, *more])]
 
 
 def wait_for_rows(path, count, process, seconds=120):

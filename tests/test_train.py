@@ -20,6 +20,7 @@ from identical import bits, timeless
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
 from experiments import mmimdb
+from experiments.common.errors import InputError
 from experiments.common.stopping import StoppedError
 from experiments.datasets import Dataset, Split
 from experiments.models.encoders import MaxoutMLP
@@ -255,13 +256,14 @@ class TestStopping:
         fitted = fit_line(lambda w: scores[int(w)], Schedule(5, 4, smooth=2))
         assert fitted.best_epoch == weight(fitted.best) == 4
 
-    def test_best_epoch_may_be_the_one_before_training(self):
+    def test_the_best_epoch_is_never_the_one_before_training(self):
         fitted = fit_line(lambda w: -w, Schedule(3, 4))
-        assert (fitted.best_epoch, weight(fitted.best)) == (0, 0)
+        assert (fitted.best_epoch, weight(fitted.best)) == (1, 1)
 
-    def test_the_first_of_equal_scores_is_the_best(self):
+    def test_of_equal_scores_the_one_with_the_smallest_loss_is_the_best(self):
+        """The loss is -w."""
         fitted = fit_line(lambda w: min(w, 2), Schedule(4, 4))
-        assert (fitted.best_epoch, weight(fitted.best)) == (2, 2)
+        assert (fitted.best_epoch, weight(fitted.best)) == (4, 4)
 
     @pytest.mark.parametrize("patience", [1, 2])
     def test_patience(self, patience):
@@ -293,8 +295,8 @@ class TestStopping:
         assert [row["train"]["bad_steps"] for row in fitted.history[1:]] == [0, 1, 1, 1]
         assert [np.isfinite(row["loss"]) for row in fitted.history[1:]] == [True] + 3 * [False]
         assert fitted.ending.startswith("the last 3 steps were bad: no finite gradient")
-        assert (fitted.best_epoch, weight(fitted.best)) == (0, 1)
-        assert weight(fitted.last.variables) == pytest.approx(4e10)
+        assert fitted.best_epoch == 1
+        assert weight(fitted.best) == weight(fitted.last.variables) == pytest.approx(4e10)
 
     def test_the_loss_of_an_epoch_is_that_of_its_good_steps(self):
         schedule = Schedule(2, 1, bad_steps=9)
@@ -352,10 +354,10 @@ class TestRefit:
         assert again.history[-1]["epoch"] == chosen.history[-1]["epoch"] == 8
         assert weight(again.last.variables) == 16
 
-    def test_where_it_breaks_down_the_first_training_stands(self):
+    def test_where_it_breaks_down_it_says_so(self):
         """One step here and two there, after which the model has no score any more."""
-        chosen, again = self.fit(lambda w: w if w < 1.5 else math.nan, Schedule(1, 4))
-        assert chosen.best_epoch == 1 and again is chosen
+        with pytest.raises(InputError, match="on all rows broke down before epoch 1, which"):
+            self.fit(lambda w: w if w < 1.5 else math.nan, Schedule(1, 4))
 
 
 class TestEvaluate:
