@@ -144,8 +144,15 @@ class Golden:
         return FusionState(dict(zip(self.names, parts, strict=True)), fused)
 
 
+OTHERS = ("p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5")  # the two here have all that these have
+
+
 @pytest.fixture(
-    params=["p1_m2_d8_b5", "p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5", "p5_m3_d16_b16"]
+    params=[
+        "p1_m2_d8_b5",
+        "p5_m3_d16_b16",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+    ]
 )
 def golden(request, x64):
     for folder in GOLDENS:

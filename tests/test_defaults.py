@@ -58,6 +58,7 @@ def test_the_best_setting_has_the_smallest_largest_ratio():
     assert kinds["history 2, ridge 0.5, damping 1"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_what_it_writes(main, tmp_path):
     grid = ["--histories", "2", "--ridges", "0.01", "--dampings", "1", "--tolerances", "1e-3"]
     options = ["--families", "rotation", "--max-steps", "40", "--run-dir", tmp_path]

@@ -46,7 +46,7 @@ RNG = np.random.default_rng(0)
 SIGN = {name: RNG.choice([-1.0, 1.0], N) for name in "abc"}
 
 
-BRIEF = ("--fusion", "concat", "--epochs", 40)
+BRIEF = ("--fusion", "concat", "--epochs", 12)
 
 
 def around(sign, *shape):

@@ -199,6 +199,7 @@ class TestAligned:
 
 
 class TestBadInput:
+    @pytest.mark.slow
     def test_without_data_says_how_to_get_it_on_one_line(self, refused_alone, tmp_path):
         line = refused_alone("experiments.mosi", "--cache-dir", tmp_path)
         assert "transcripts.csv of CMU-MOSI; ask for the download" in line

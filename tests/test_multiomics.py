@@ -240,6 +240,7 @@ def test_model_and_loss_are_those_of_mm_dynamics():
 
 
 class TestBadInput:
+    @pytest.mark.slow
     def test_without_data_says_how_to_get_it_on_one_line(self, refused_alone, tmp_path):
         line = refused_alone("experiments.multiomics", "--cache-dir", tmp_path)
         assert "ask for the download" in line
