@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments.benchmarks.views import files_of
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, read_json, write_json, write_text
-from experiments.common.text import markdown_table, number, percent
+from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import experiment
 from experiments.training.metrics import Results
 
@@ -103,10 +102,13 @@ def tested_rows(row: Results) -> int:
     return sum(int(of_class["support"]) for of_class in (row["classes"] or {}).values())
 
 
-def standard_error(score: float, rows: int) -> float:
-    """Of an accuracy on so many rows, √(p (1 − p) / n) with p = (k + 1) / (n + 2) (Laplace)."""
-    p = (score * rows + 1) / (rows + 2)
-    return math.sqrt(p * (1 - p) / rows) if rows else math.nan
+def standard_error(scores: Sequence[float], rows: int) -> float:
+    """Of an accuracy on so many rows, √(p (1 − p) / n) with p = (k + 1) / (n + 2) (Laplace); where
+    rows are not counted, as of R², the standard deviation over the seeds."""
+    if not rows:
+        return statistics.stdev(scores) if len(scores) > 1 else math.nan
+    p = (statistics.mean(scores) * rows + 1) / (rows + 2)
+    return math.sqrt(p * (1 - p) / rows)
 
 
 def scores_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
@@ -131,9 +133,8 @@ def scores_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
 def _mean_and_spread(scores: Sequence[float]) -> str:
     if not scores:
         return "–"
-    if len(scores) == 1:
-        return number(scores[0])
-    return f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+    std = statistics.stdev(scores) if len(scores) > 1 else None
+    return spread({"mean": statistics.mean(scores), "std": std})
 
 
 def tuned_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
@@ -141,13 +142,11 @@ def tuned_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
     for found in sets:
         for fusion in fusions:
             plain = [row for row in found["rows"] if row["fusion"] == fusion]
-            metric, choices = metric_of(plain[0]), found["tuned"][fusion] | {"none": plain[0]}
+            metric, choices = metric_of(plain[0]), {"none": plain[0]} | found["tuned"][fusion]
             best = max(choices, key=lambda name: _validated(choices[name]))
-            score = float(np.mean([row["test"][metric] for row in plain]))
-            tuned = choices[best]["test"][metric]
-            error = standard_error(tuned, tested_rows(plain[0]))
-            spread = float(np.std([row["test"][metric] for row in plain], ddof=1))
-            error = error if math.isfinite(error) else spread
+            scores = [row["test"][metric] for row in plain]
+            score, tuned = statistics.mean(scores), choices[best]["test"][metric]
+            error = standard_error(scores, tested_rows(plain[0]))
             within = "yes" if score >= tuned - error else "no"
             cells = [number(score), number(tuned), best, number(error), within]
             lines.append([found["set"], fusion, *cells])
