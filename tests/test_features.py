@@ -71,11 +71,12 @@ def test_classes_that_show_in_both_modalities_together(results):
 @pytest.mark.slow
 def test_the_order_of_positions_is_seen(results):
     """Which half of an image is bright, and a number of its own in another modality."""
-    bright = RNG.standard_normal((N, 16, 16, 3))
-    bright[SIGN["a"] > 0, :, :8] += 1
-    bright[SIGN["a"] < 0, :, 8:] += 1
+    bright = RNG.standard_normal((N, 8, 8, 1))
+    bright[SIGN["a"] > 0, :, :4] += 1
+    bright[SIGN["a"] < 0, :, 4:] += 1
     labels = 2 * (SIGN["a"] > 0) + (SIGN["b"] > 0)
-    got, *_ = results(a=bright, b=around(SIGN["b"], 6), labels=labels)
+    small = "--hidden", 16, "--epochs", 10  # convolutions are slow as the tests compile them
+    got, *_ = results(*small, a=bright, b=around(SIGN["b"], 6), labels=labels)
     assert got["test"]["accuracy"] > 0.9 and got["selection"] == "cross-validation"
 
 
@@ -85,8 +86,8 @@ def test_a_linear_model_far_above_is_said_first(results):
     bright = RNG.standard_normal((N, 6, 6, 1))
     bright[:, :, :3] += SIGN["a"][:, None, None, None]
     bright[:, :, 3:] -= SIGN["a"][:, None, None, None]
-    options = "--positions", "mean", "--fusion", "concat"
-    got, out, run_dir = results(*options, a=bright, labels=SIGN["a"])
+    options = "--positions", "mean", "--fusion", "concat", "--epochs", 10
+    got, out, run_dir = results(*options, a=bright, labels=(SIGN["a"] > 0).astype(int))
     assert got["test"]["accuracy"] < 0.8 < got["floors"]["logistic regression"]["accuracy"]
     said = "Warning: logistic regression is far better"
     assert said in out and out.index(said) < out.index("validation  ")
