@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def read_model(path: Path) -> Model:
         with zipfile.ZipFile(path) as file:  # which checks its own checksums
             about = json.loads(file.read("about.json"))
             return Model(jax_export.deserialize(bytearray(file.read("program.jax"))), about)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read as an exported model ({error}); python -m experiments.export "
             "RUN_DIR writes one"

@@ -259,6 +259,8 @@ def command(tmp_path, *more):
         8,
         "--hidden",
         8,
+        "--batch-size",
+        8,  # so small that every epoch is evaluated
         "--epochs",
         5000,
         "--patience",

@@ -58,7 +58,8 @@ def around(sign, *shape):
 def test_classes_that_show_in_both_modalities_together(results):
     """An exclusive or: one modality alone is worth a coin."""
     labels = (SIGN["a"] * SIGN["b"] > 0).astype(int)
-    got, out, run_dir = results(a=around(SIGN["a"], 8), b=around(SIGN["b"], 6, 4), labels=labels)
+    x = {"a": around(SIGN["a"], 8), "b": around(SIGN["b"], 6, 4)}
+    got, out, run_dir = results("--epochs", 15, **x, labels=labels)
     assert got["test"]["accuracy"] > 0.9 and got["data"] == "real"
     assert got["dataset"] == "made_up" and got["solver"]["converged"] == 1
     assert "made_up: 240 rows, multiclass, 2 classes" in out and "b [6, 4]" in out
