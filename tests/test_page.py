@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments.common.page import page
-from experiments.common.text import markdown_table
+from experiments.common.text import markdown_table, note
 from experiments.report import main as report_main
 from experiments.reporting.comparison import Run, side_by_side
 from tests.test_report import assert_tables_align, row
@@ -45,6 +45,13 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th"):
             self.cells[-1] += data
+
+
+def test_a_note_breaks_between_words_alone():
+    path = "/data/" + "long-folder/" * 9
+    lines = note(f"{path} is on another disk, which is slower than all others we know").splitlines()
+    assert lines[0] == "Note:" and lines[1] == f"      {path}"
+    assert all(len(line) <= 80 for line in lines[2:])
 
 
 def test_a_page_holds_tables_and_text_as_they_are(tmp_path):

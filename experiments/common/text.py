@@ -35,7 +35,13 @@ def percent(fraction: float | None) -> str:
 
 def note(text: str) -> str:
     """Something to know, without its full stop, as a command prints it: within 80 columns."""
-    return textwrap.fill(f"Note: {text}.", 80, subsequent_indent=" " * 6)
+    return textwrap.fill(
+        f"Note: {text}.",
+        80,
+        subsequent_indent=" " * 6,
+        break_long_words=False,  # paths stay one word
+        break_on_hyphens=False,
+    )
 
 
 def markdown_table(lines: Sequence[Sequence[str]], left: int = 1, width: int | None = None) -> str:
