@@ -22,19 +22,13 @@ import jax
 from deq_fusion_jax.baselines import FUSIONS
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import read_json, write_json, write_text
+from experiments.common.files import write_json, write_text
 from experiments.common.lock import folder_alone
 from experiments.common.stopping import StoppedError
 from experiments.reporting.comparison import comparison_table
 from experiments.reporting.terminal import show
 from experiments.run import EXPERIMENTS, experiment
-from experiments.training.config import (
-    CommonConfig,
-    build_fusion,
-    check_same_run,
-    require,
-    saved_config,
-)
+from experiments.training.config import CommonConfig, build_fusion, finished, require
 from experiments.training.metrics import Results, compare_floors, compare_rows
 
 
@@ -45,24 +39,6 @@ def parse_args(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     names = f"{', '.join(FUSIONS)}, or the name of one modality"
     parser.add_argument("--fusions", nargs="+", required=True, metavar="FUSION", help=names)
     return parser.own_and_rest(args)
-
-
-def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Results | None:
-    """The results of a run that is there already and was as long; None where there is none.
-
-    Raises:
-      InputError: what is there was run with other options.
-    """
-    saved, results = saved_config(run_dir), run_dir / "results.json"
-    if saved is None:
-        return None
-    check_same_run(run_dir, saved, experiment, config)
-    if saved["config"].get("epochs") != config.epochs or not results.exists():
-        return None
-    try:
-        return read_json(results)
-    except ValueError as error:
-        raise InputError(f"{results} cannot be read ({error}); remove it to run again") from error
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> list[Results]:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_wine
 
+from experiments import features
 from experiments.benchmarks import untuned
 from experiments.benchmarks.views import COLUMNS, files_of
 from experiments.common.errors import InputError
 from experiments.datasets.features import read
+from experiments.training.config import begin_run
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -66,6 +68,19 @@ def test_tables():
     deq, concat = untuned.tuned_table(sets, ["deq", "sum"]).splitlines()[-2:]
     assert "dropout 0" in deq and "0.880" in deq and deq.endswith(" yes |")
     assert "rate 0.003" in concat and concat.endswith(" no |")
+
+
+def test_a_run_of_other_data_is_not_taken_for_this_one(run_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "found" / "iris" / "concat-seed0"
+    run_dir.mkdir(parents=True)
+    files = files_of("wine", tmp_path)
+    config = features.parse_args([*map(str, files), "--fusion", "concat"])
+    begin_run(run_dir, "features", config)
+    (run_dir / "results.json").write_text("{}")
+    words = ["iris", "--fusions", "concat", "--seeds", 1, "--run-dir", "found"]
+    status, _, err = run_command(untuned.main, *words)
+    assert status == 2 and "was run with data" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

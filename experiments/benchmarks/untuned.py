@@ -24,9 +24,10 @@ import jax
 
 from experiments.benchmarks.views import files_of
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import make_folder, read_json, write_json, write_text
+from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import experiment
+from experiments.training.config import finished
 from experiments.training.metrics import Results
 
 MONITORS = ("macro_f1", "r2")  # what selects the epoch
@@ -64,12 +65,11 @@ def _refuse(message: str) -> Any:
 
 
 def run(files: tuple[Path, ...], run_dir: Path, **options: Any) -> Results:
-    """The results of a run, or of the one that is there."""
-    if (run_dir / "results.json").exists():
-        return read_json(run_dir / "results.json")
+    """The results of a run, or of the one that is there and had the same options."""
     features = experiment("features")
     config = features.parse_args([*map(str, files)])
-    return features.run(dataclasses.replace(config, run_dir=run_dir, resume=True, **options))
+    config = dataclasses.replace(config, run_dir=run_dir, resume=True, **options)
+    return finished("features", config, run_dir) or features.run(config)
 
 
 def of_set(named: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -233,6 +233,24 @@ def check_same_run(run_dir: Path, saved: dict, experiment: str, config: CommonCo
         )
 
 
+def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Any:
+    """What results.json holds of a run that is there already and was as long; None: there is none.
+
+    Raises:
+      InputError: what is there was run with other options.
+    """
+    saved, results = saved_config(run_dir), run_dir / "results.json"
+    if saved is None:
+        return None
+    check_same_run(run_dir, saved, experiment, config)
+    if saved["config"].get("epochs") != config.epochs or not results.exists():
+        return None
+    try:
+        return read_json(results)
+    except ValueError as error:
+        raise InputError(f"{results} cannot be read ({error}); remove it to run again") from error
+
+
 def is_shorter(epochs: int | None, others: int | None) -> bool:
     """Whether these are fewer epochs; None: as many as a rule says, which nobody knows here."""
     return epochs is not None and others is not None and epochs < others
