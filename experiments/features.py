@@ -61,7 +61,7 @@ class Config(CommonConfig):
         or their mean.
       epochs, batch_size, patience: None: by the number of rows.
       modality_dropout: rate at which a modality of a row is hidden in training; None: 0.3 where
-        validation or test rows lack what the training rows have, else 0.
+        rows of one part lack a modality that those of another have, else 0.
       data_sha256: of the files; not an option. A run on other data is not resumed.
     """
 
@@ -97,7 +97,7 @@ def parse_args(args: Sequence[str]) -> Config:
 
 
 def modalities(config: Config) -> tuple[str, ...]:
-    return tuple(read(config.data).modalities)
+    return tuple(read_table(config).modalities)
 
 
 class FeaturesModel(nn.Module):
@@ -167,9 +167,14 @@ def drawn_folds(table: Table, split: np.ndarray, settings: Settings, seed: int) 
 # --- the job -----------------------------------------------------------------------------------
 
 
+def read_table(config: Config) -> Table:
+    """What the files hold, as the options have it read."""
+    return read(config.data, config.labels or "", config.task)
+
+
 def load(config: Config) -> Table:
     """What the files hold, with modalities and a fusion that can be."""
-    table = read(config.data, config.labels or "", config.task)
+    table = read_table(config)
     if taken := [name for name in table.modalities if name in FUSIONS]:
         raise InputError(f"a modality is called {taken[0]}, as a fusion is; rename it")
     build_fusion(config, tuple(table.modalities))  # refused before anything is said of the data

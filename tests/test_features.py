@@ -163,6 +163,16 @@ def test_a_bad_command(main, words, complaint):
     assert status == 2 and complaint in err and err.count("\n") == 1
 
 
+def test_the_modalities_are_named_by_the_reading_of_the_run(tmp_path):
+    """`compare` asks for them: with the labels in one of several columns they were not found."""
+    rows = "\n".join(f"p{i},{i % 2},{i}" for i in range(12))
+    (tmp_path / "labels.csv").write_text(f"id,diagnosis,age\n{rows}\n")
+    (tmp_path / "a.csv").write_text("id,x\n" + "\n".join(f"p{i},0.{i}" for i in range(12)))
+    words = [str(tmp_path / name) for name in ("a.csv", "labels.csv")]
+    config = features.parse_args([*words, "--labels", "diagnosis"])
+    assert features.modalities(config) == ("a",)
+
+
 def test_only_a_run_on_the_same_data_is_resumed(main, tmp_path):
     words = ["data.npz", "--run-dir", "run"]
     np.savez(tmp_path / "data.npz", a=X, labels=CLASSES)
