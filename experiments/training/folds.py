@@ -1,9 +1,8 @@
 """Cross-validation: where rows are few, all of them select the epoch, in turns."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,9 @@ from experiments.datasets import Dataset, Split
 from experiments.datasets.preprocess import join, take
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import put, share_of
-from experiments.training.feed import order_of_epoch, scan_steps
+from experiments.training.feed import Folded
 from experiments.training.schedule import Schedule
-from experiments.training.step import Seen, TrainState, copied, init_state
+from experiments.training.step import copied, init_state
 from experiments.training.task import Task, Variables
 from experiments.training.train import Fitted, Progress, Training, fit, row_of, train_to_the_end
 
@@ -47,9 +46,8 @@ def cross_validate(
     states = [init_state(task, optimiser, rows.inputs, seed + i) for i in range(len(folds))]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     held_out = tuple(put(take(rows, rows_out)) for _, rows_out in folds)
-    best = copied(state.learned)
-    training = Folding(task, schedule, held_out[0], None, None, checkpoints, state, best)
-    training.held_out = held_out
+    how = held_out[0], None, None, checkpoints, state, copied(state.learned)
+    training = Folding(task, schedule, *how, held_out=held_out)
     return train_to_the_end(training, optimiser, fed, batch_size, report, stop, progress)
 
 
@@ -73,55 +71,6 @@ def select(
     train, validation = dataset.stream or dataset.train, dataset.validation
     how = schedule, seed, checkpoints, report
     return fit(task, optimiser, train, validation, *how, test=test, **options)
-
-
-class Folded(NamedTuple):
-    """Rows of which every fold has its own, `learned` [folds, n]; states are stacked."""
-
-    split: Split
-    learned: jax.Array
-
-    @property
-    def rows(self) -> int:
-        return self.learned.shape[1]
-
-    def steps(
-        self,
-        task: Task,
-        optimiser: optax.GradientTransformation,
-        state: TrainState,
-        batch_size: int,
-        first: int,
-        end: int,
-    ) -> Iterator[tuple[int, TrainState, Seen]]:
-        """As `Resident.steps`; what the steps saw is [folds, steps]."""
-        epochs = (end - first) // (self.rows // batch_size)
-        yield end, *_run_epochs(task, optimiser, state, *self, batch_size, epochs)
-
-
-@partial(jax.jit, static_argnames=("task", "optimiser", "batch_size", "epochs"), donate_argnums=2)
-def _run_epochs(
-    task: Task,
-    optimiser: optax.GradientTransformation,
-    states: TrainState,
-    data: Split,
-    learned: jax.Array,
-    batch_size: int,
-    epochs: int,
-) -> tuple[TrainState, Seen]:
-    """`feed.run_epochs` for every fold."""
-    batches = learned.shape[1] // batch_size
-
-    def of_fold(fold: tuple[TrainState, jax.Array]) -> tuple[TrainState, Seen]:
-        state, rows = fold
-
-        def order(epoch: jax.Array) -> jax.Array:
-            return rows[order_of_epoch(state.key, epoch, len(rows))[: batches * batch_size]]
-
-        orders = jax.vmap(order)(state.step // batches + jnp.arange(epochs))
-        return scan_steps(task, optimiser, state, data, orders.reshape(-1, batch_size))
-
-    return jax.lax.map(of_fold, (states, learned))  # on a CPU faster than side by side
 
 
 @dataclasses.dataclass
