@@ -1,4 +1,4 @@
-"""Reading .csv files from outside: what separates their cells, and whether names come first.
+"""Reading .csv files from outside: what separates their cells, and what stands in numbers.
 
 Commas, semicolons, tabs, bars or spaces; UTF-8, or UTF-16 with its mark; quoted cells; a decimal
 comma where commas separate nothing. Lines at the top that begin with # are comments; the last of
@@ -10,20 +10,20 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.common.errors import InputError
-from experiments.datasets.columns import Frame, is_id_name, is_number, is_unknown
+from experiments.datasets.columns import Frame, is_number, is_unknown
+from experiments.datasets.header import has_header
 
 SUFFIXES = (".csv", ".tsv", ".txt")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 WIDE = 50  # columns, from which a table is of numbers
 TRIED = 200  # lines that show what separates the cells
-TARGETS = {"label", "class", "category", "target", "outcome", "diagnosis", "y", "group"}
 _CUT = re.compile(r"[,;\t|]")
 _COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 
@@ -94,7 +94,7 @@ def read_sheet(path: Path) -> Sheet:
         commas = "decimal"
         notes.append("the decimal sign is a comma")
         lines = [(number, [_with_point(cell) for cell in cells]) for number, cells in lines]
-    return Sheet(str(path), lines, _header([cells for _, cells in lines]), commas, notes)
+    return Sheet(str(path), lines, has_header([cells for _, cells in lines]), commas, notes)
 
 
 def _text(path: Path) -> str:
@@ -173,7 +173,7 @@ def _without_comments(lines: list[Line], notes: list[str]) -> list[Line]:
     if not top or not rest:
         return lines
     number, cells = lines[top - 1]
-    header = len(rest[0][1]) == len(cells) > 2 and _header([cells for _, cells in rest]) is False
+    header = len(rest[0][1]) == len(cells) > 2 and has_header([cells for _, cells in rest]) is False
     if top > header:
         notes.append("lines with a # at the top are comments")
     return [(number, [cells[0].lstrip("# "), *cells[1:]]), *lines[top:]] if header else lines[top:]
@@ -241,76 +241,3 @@ def refuse_two_commas(sheets: Iterable[Sheet]) -> None:
 
 def _with_point(cell: str) -> str:
     return cell.replace(",", ".") if _COMMA.fullmatch(cell) else cell
-
-
-# --- header ----------------------------------------------------------------------------------
-
-
-def _header(rows: Sequence[Sequence[str]]) -> bool | None:
-    """Whether the first line holds names; None: it may, or not.
-
-    It does if a word stands over numbers, or numbers over words; over an index; if it counts from
-    0; or if a name is one of those that ids and labels have. It does not if a word is there again
-    further down, or beside a number that is no name: names that are numbers are whole and rise.
-    """
-    head, columns = rows[0], list(zip(*rows[1:], strict=False))
-    named = [not is_number(cell) and not is_unknown(cell) for cell in head]
-    if not columns:
-        return all(named)
-    numbers = [cell for cell in head if is_number(cell)]
-    if numbers and any(named) and not _rises(numbers):
-        return False
-    if any(n and cell in column for n, cell, column in zip(named, head, columns, strict=True)):
-        return False
-    indexed = head[0] == "" and len(head) > 1 and all(columns[0])  # as pandas writes it
-    if not any(named):
-        return _is_counted(head[indexed:], columns[indexed:], indexed)
-    if _is_over_words(head, columns) or (len(numbers) > 2 and not _are_whole(columns[-1])):
-        return True
-    sure = any(n and _are_all_numbers(c) for n, c in zip(named, columns, strict=True))
-    known = indexed or any(map(_is_name, head))
-    return True if known or (sure and len(numbers) != 1) else None
-
-
-def _is_counted(
-    head: Sequence[str], columns: Sequence[Sequence[str]], indexed: bool
-) -> bool | None:
-    """Of a first line of nothing but numbers."""
-    if _is_over_words(head, columns):
-        return True
-    counted = list(head) == [str(i) for i in range(len(head))]
-    several = indexed + len(head) > 2
-    if counted and (several or all("." in cell for column in columns for cell in column)):
-        return True
-    if not counted and not (several and _rises(head)):
-        return None if indexed else False
-    return None if all(map(_are_whole, columns)) else True if several else None
-
-
-def _is_over_words(head: Sequence[str], columns: Sequence[Sequence[str]]) -> bool:
-    """Whether numbers that could be names stand there, one of them over nothing but words."""
-    if not _rises([cell for cell in head if is_number(cell)]):
-        return False
-    pairs = zip(head, columns, strict=True)
-    return any(is_number(cell) and not any(map(is_number, column)) for cell, column in pairs)
-
-
-def _are_whole(cells: Sequence[str]) -> bool:
-    return not any("." in cell for cell in cells)
-
-
-def _rises(cells: Sequence[str]) -> bool:
-    """Whole numbers at equal distances."""
-    if not all(cell.isdigit() for cell in cells):
-        return False
-    steps = {int(b) - int(a) for a, b in pairwise(cells)}
-    return len(steps) < 2 and all(step > 0 for step in steps)
-
-
-def _are_all_numbers(cells: Sequence[str]) -> bool:
-    known = [cell for cell in cells if not is_unknown(cell)]
-    return bool(known) and all(map(is_number, known))
-
-
-def _is_name(cell: str) -> bool:
-    return is_id_name(cell) or cell.lower() in TARGETS or cell.lower().rstrip("s") in TARGETS
