@@ -49,12 +49,16 @@ def test_each_fold_is_trained_as_it_would_be_alone(deq, parts, whole):
             np.testing.assert_allclose(got[fold], expected, rtol=1e-3, atol=1e-4)
     for row, *of_each in zip(whole.history, *histories, strict=True):
         assert row["epoch"] == of_each[0]["epoch"]
-        for kind in ("validation_loss", "loss"):
-            if row[kind] is not None:
-                mean = np.mean([other[kind] for other in of_each])
-                assert row[kind] == pytest.approx(mean, rel=1e-3)
+        if row["loss"] is not None:
+            losses = [other["loss"] for other in of_each]
+            assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+        held_out = [len(rows) for _, rows in parts]  # together: each row counts as much
+        losses = [other["validation_loss"] for other in of_each]
+        assert row["validation_loss"] == pytest.approx(
+            np.average(losses, weights=held_out), rel=1e-3
+        )
         scores = [other["validation"]["accuracy"] for other in of_each]
-        assert row["validation"]["accuracy"] == pytest.approx(np.mean(scores))
+        assert row["validation"]["accuracy"] == pytest.approx(np.average(scores, weights=held_out))
     assert whole.best_epoch == SCHEDULE.best_epoch(whole.history, "accuracy") > 0
 
 

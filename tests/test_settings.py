@@ -25,7 +25,8 @@ def test_from_28_rows_to_half_a_million(rows, batch, steps, folds, repeats):
     batches = max(1, learned // schedule.batch_size)
     assert (schedule.batch_size, settings.folds) == (batch, folds)
     assert settings.repeats == repeats or not folds
-    assert steps <= schedule.epochs * batches < steps + batches
+    assert steps <= schedule.epochs * batches < steps + schedule.evaluate_every * batches
+    assert schedule.epochs % schedule.evaluate_every == 0  # one compiled program for all of it
     between = schedule.evaluate_every * batches
     assert 20 <= between < 20 + batches
     assert schedule.patience >= 1 and schedule.patience * between >= 400

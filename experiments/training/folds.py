@@ -10,13 +10,13 @@ import numpy as np
 import optax
 
 from experiments.datasets import Dataset, Split
-from experiments.datasets.preprocess import join, take
+from experiments.datasets.preprocess import join
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import put, share_of
 from experiments.training.feed import Folded
 from experiments.training.schedule import Schedule
 from experiments.training.step import copied, init_state
-from experiments.training.task import Task, Variables
+from experiments.training.task import Task, evaluate_folds
 from experiments.training.train import Fitted, Progress, Training, fit, row_of, train_to_the_end
 
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]  # of each the rows to train on, and those held out
@@ -36,18 +36,18 @@ def cross_validate(
 ) -> Fitted:
     """As `fit`, with a model for each fold, all of them trained in turns by one program.
 
-    The history has the means over the folds, each evaluated on the rows that it holds out, and by
-    them the epoch is selected. `best` and `last` are stacked, with a leading axis of the folds.
-    All folds train on equally many rows; a few rows of the larger ones sit out.
+    The history has the scores of all rows that a fold holds out, together, each predicted by the
+    model of its fold, and by them the epoch is selected. `best` and `last` are stacked, with a
+    leading axis of the folds. All folds train on equally many rows; a few rows of the larger ones
+    sit out.
     """
     learned = _equally_many([learned for learned, _ in folds], seed)
     fed = Folded(put(rows), put(learned))
     batch_size = share_of(schedule.batch_size, fed.rows)
     states = [init_state(task, optimiser, rows.inputs, seed + i) for i in range(len(folds))]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    held_out = tuple(put(take(rows, rows_out)) for _, rows_out in folds)
-    how = held_out[0], None, None, checkpoints, state, copied(state.learned)
-    training = Folding(task, schedule, *how, held_out=held_out)
+    how = fed.split, None, None, checkpoints, state, copied(state.learned)
+    training = Folding(task, schedule, *how, held_out=[held_out for _, held_out in folds])
     return train_to_the_end(training, optimiser, fed, batch_size, report, stop, progress)
 
 
@@ -75,25 +75,17 @@ def select(
 
 @dataclasses.dataclass
 class Folding(Training):
-    """A training of a model for each fold.
+    """A training of a model for each fold; `validation` has the rows of all of them.
 
     Attributes:
-      held_out: the rows that each is evaluated on.
+      held_out: of each fold the rows that it is evaluated on.
     """
 
-    held_out: tuple[Split, ...] = ()
+    held_out: Sequence[np.ndarray] = ()
 
     def row(self) -> dict[str, Any]:
-        """The mean over the folds."""
-        rows = [
-            row_of(self.task, _of_fold(self.state.learned, fold), held_out, None, self.means())
-            for fold, held_out in enumerate(self.held_out)
-        ]
-        return jax.tree.map(lambda *values: float(np.mean(values)), *rows)
-
-
-def _of_fold(learned: Variables, fold: int) -> Variables:
-    return jax.tree.map(lambda x: x[fold], learned)
+        learned, rows = self.state.learned, self.validation
+        return row_of(evaluate_folds(self.task, learned, rows, self.held_out), self.means())
 
 
 def _equally_many(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """How long to train on data that nobody has tuned anything for: a rule, by the number of rows.
 
     rows                 what selects the epoch                                            batch
-    fewer than 1,000     the mean over five folds, repeated until some 300 rows were       rows / 8,
-                         held out, three times at most; 400 steps                          16 … 256
+    fewer than 1,000     the rows that five folds hold out, together; repeated until they  rows / 8,
+                         are some 300, three times at most; 400 steps                      16 … 256
     1,000 or more        the validation rows; 20,000 steps at most, and 100 epochs, or
                          1,000 steps where that is more
 
@@ -51,7 +51,7 @@ def settings_for(
     every = -(-EVALUATED // batches)
     if epochs is None:
         longest = 400 if rows < FEW else max(1000, min(20_000, 100 * batches))
-        epochs = -(-longest // batches)
+        epochs = every * -(-longest // (every * batches))  # a rest would be compiled apart
     patience = patience or -(-PATIENCE // (every * batches))
     schedule = Schedule(epochs, size, every, patience, smooth=3 if folds else 1)
     return Settings(schedule, folds, min(max(1, round(HELD_OUT / rows)), REPEATS))

@@ -1,6 +1,6 @@
 """A `Task`, what a model is to learn, and `evaluate`, how well it does on a split."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,37 +94,73 @@ class Evaluation(NamedTuple):
 
 def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 256) -> Evaluation:
     """Runs the model on a split in batches; a row's result does not depend on its batch."""
-    rows, devices = len(split.labels), device_count()
-    batch_size = -(-batch_size // devices) * devices
+    rows, batch_size = len(split.labels), _divisible(batch_size)
     padded = -(-rows // batch_size) * batch_size
     index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
-    logits, stats, gates, losses = _predict(task, variables, split, index)
-    host = jax.tree.map(
-        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:rows], (logits, stats, gates, losses)
+    found = _predict(task, variables, split, index)
+    return _evaluation(task, np.asarray(split.labels), found, np.arange(rows))
+
+
+def evaluate_folds(
+    task: Task, variables: Variables, split: Split, held_out: Sequence[np.ndarray]
+) -> Evaluation:
+    """One evaluation of all rows [n] that are held out by a fold, each by the model of its fold.
+
+    The variables are stacked, with a leading axis of the folds.
+    """
+    width = _divisible(max(map(len, held_out)))
+    index = np.stack([np.resize(rows, width) for rows in held_out])
+    found = _predict_folds(task, variables, split, index)
+    ends = [fold * width + np.arange(len(rows)) for fold, rows in enumerate(held_out)]
+    labels = np.asarray(split.labels)[np.concatenate(held_out)]
+    return _evaluation(task, labels, found, np.concatenate(ends))
+
+
+def _divisible(rows: int) -> int:
+    """As many rows or some more, so that the devices have equally many."""
+    devices = device_count()
+    return -(-rows // devices) * devices
+
+
+def _evaluation(task: Task, labels: np.ndarray, found: PyTree, rows: np.ndarray) -> Evaluation:
+    """Of what `_predict` found, in batches, these rows, whose labels are given."""
+    logits, stats, gates, losses = jax.tree.map(
+        lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[rows], found
     )
-    logits, stats, gates, losses = host
     finite = bool(np.isfinite(logits).all())
     probabilities = np.asarray(task.probabilities(logits if finite else np.zeros_like(logits)))
-    metrics = dict(task.metrics(np.asarray(split.labels), probabilities))
+    metrics = dict(task.metrics(labels, probabilities))
     if not finite:  # a model that has diverged has no score
         metrics = dict.fromkeys(metrics, float("nan"))
     return Evaluation(probabilities, metrics, float(np.mean(losses)), stats, gates)
 
 
 @partial(jax.jit, static_argnames=("task",))
-def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> tuple[Any, ...]:
-    def batch(rows: jax.Array) -> tuple[Any, ...]:
-        inputs, labels = shard(jax.tree.map(lambda x: x[rows], tuple(split)))
-        prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
-        fusion = prediction.fusion
-        gates = jax.tree.map(
-            lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
-        )
-        learned = prediction._replace(fusion=fusion._replace(stats=None))
-        one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
-        return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
+def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> PyTree:
+    """Logits, stats, gates and losses [batches, B, …] of row numbers [batches, B]."""
+    return replicate(jax.lax.map(partial(_predict_batch, task, variables, split), index))
 
-    return replicate(jax.lax.map(batch, index))
+
+@partial(jax.jit, static_argnames=("task",))
+def _predict_folds(task: Task, variables: Variables, split: Split, index: jax.Array) -> PyTree:
+    """`_predict` of a batch for each fold, row numbers [folds, B], by its own variables."""
+
+    def of_fold(fold: tuple[Variables, jax.Array]) -> PyTree:
+        return _predict_batch(task, fold[0], split, fold[1])
+
+    return replicate(jax.lax.map(of_fold, (variables, index)))
+
+
+def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Array) -> PyTree:
+    inputs, labels = shard(jax.tree.map(lambda x: x[rows], tuple(split)))
+    prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
+    fusion = prediction.fusion
+    gates = jax.tree.map(
+        lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
+    )
+    learned = prediction._replace(fusion=fusion._replace(stats=None))
+    one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
+    return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
 
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:

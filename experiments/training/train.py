@@ -21,7 +21,7 @@ from experiments.training.devices import any_process, put, share_of
 from experiments.training.feed import Feed, feed
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
-from experiments.training.task import Task, Variables, evaluate, solver_means
+from experiments.training.task import Evaluation, Task, Variables, evaluate, solver_means
 
 PyTree = Any
 Progress = Callable[[float, Callable[[], dict[str, float]]], None]
@@ -207,7 +207,11 @@ class Training:
 
     def row(self) -> dict[str, Any]:
         """What the evaluation of the state adds to the history."""
-        return row_of(self.task, self.state.learned, self.validation, self.test, self.means())
+        learned = self.state.learned
+        row = row_of(evaluate(self.task, learned, self.validation), self.means())
+        return row | (
+            {"test": evaluate(self.task, learned, self.test).metrics} if self.test else {}
+        )
 
     def _is_chosen(self) -> bool:
         """Whether the newest epoch is `keep`, or without `keep` better than the best one before."""
@@ -261,20 +265,15 @@ def refit(
     return again
 
 
-def row_of(
-    task: Task, learned: Variables, validation: Split, test: Split | None, means: dict[str, float]
-) -> dict[str, Any]:
+def row_of(found: Evaluation, means: dict[str, float]) -> dict[str, Any]:
     """What an evaluation adds to the history."""
-    result = evaluate(task, learned, validation)
-    watched = {"test": evaluate(task, learned, test).metrics} if test else {}
     return {
         "loss": means.get("loss"),
-        "validation_loss": result.loss,
-        "validation": result.metrics,
-        "solver": _floats(solver_means(result.stats)) or None,
+        "validation_loss": found.loss,
+        "validation": found.metrics,
+        "solver": _floats(solver_means(found.stats)) or None,
         "train": means,
-        "gates": {name: float(gate.mean()) for name, gate in (result.gates or {}).items()},
-        **watched,
+        "gates": {name: float(gate.mean()) for name, gate in (found.gates or {}).items()},
     }
 
 
