@@ -16,11 +16,8 @@ Nothing in it is thrown away: a file that a training begun anew would overwrite 
 metrics.1.jsonl or results.1.json.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,31 +28,26 @@ import numpy as np
 import optax
 
 from experiments.common.files import (
-    append_text,
     config_to_dict,
-    plain,
-    set_aside,
     write_json,
     write_text,
 )
 from experiments.common.page import page
-from experiments.common.stopping import StoppedError, StopRequest
 from experiments.datasets import Dataset
 from experiments.datasets.features import Recipe
 from experiments.reporting.pictures import confusion_of, draw
 from experiments.reporting.run import beaten_by, print_results, report_markdown
-from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, begin_run, command_line, opened_run
 from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
 from experiments.training.folds import Folds, select
 from experiments.training.metrics import Metrics, Results, Selection, most_confused, per_class_f1
 from experiments.training.progress import Bar
+from experiments.training.recording import checkpoints, recorder, stopping
 from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, evaluate
 from experiments.training.train import Fitted, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
-SAVE_SECONDS = 30  # between two checkpoints; what a crash may cost
 OUTCOME = ("results.json", "report.md", "report.html")
 EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
 Floors = tuple[Mapping[str, Metrics], Sequence[str]]
@@ -219,11 +211,11 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
     task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
     test = job.dataset.test if config.official_selection else None
-    with stopping(job, run_dir) as stop:
+    with stopping(schedule, bool(job.dataset.stream), run_dir) as stop:
         saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
         may_stop = schedule.patience is not None
         with Bar(schedule.epochs, task.monitor, may_stop) as show:
-            report = _recorder(run_dir / "metrics.jsonl", show, stop.begin)
+            report = recorder(run_dir / "metrics.jsonl", show, stop.begin)
             how = task, optimiser, job.dataset, job.folds, schedule, seed, saved, report
             watched = None if config.refit else test
             fitted = select(*how, test=watched, stop=stop, progress=show.part)
@@ -233,61 +225,9 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
         log(f"Again, on the validation rows too, to epoch {fitted.best_epoch}:")
         saved = checkpoints(run_dir, "refit", "refit.jsonl")
         with Bar(fitted.history[-1]["epoch"]) as show:
-            report = _recorder(run_dir / "refit.jsonl", show, stop.begin)
+            report = recorder(run_dir / "refit.jsonl", show, stop.begin)
             what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
             return fitted, refit(*what, test=test, stop=stop, progress=show.part)
-
-
-def checkpoints(run_dir: Path, folder: str, *written: str) -> Checkpoints:
-    """Those of a training; where there are none, the files it has written before are kept aside."""
-    found = Checkpoints(run_dir / folder, every=SAVE_SECONDS)
-    before = [path for name in written if (path := run_dir / name).exists()]
-    if before and is_first() and not found.steps():
-        kept = ", ".join(f"{path.name} as {set_aside(path).name}" for path in before)
-        log(f"Note: {found} holds no checkpoint, so training begins at epoch 0; kept: {kept}.")
-    return found
-
-
-@contextlib.contextmanager
-def stopping(job: Job, run_dir: Path) -> Iterator[StopRequest]:
-    """Whether Ctrl-C or SIGTERM came; says how to go on with a run that it stopped."""
-    every = job.schedule.evaluate_every
-    epochs = "this epoch" if every == 1 else f"at most {every} epochs"
-    when = "this step" if job.dataset.stream else epochs
-    answer = f"saving after {when}; once more ends at once, without saving"
-    with StopRequest(answer) as asked:
-        try:
-            yield asked
-        except StoppedError as stopped:
-            how = f"the same command with --resume --run-dir {shlex.quote(str(run_dir))}"
-            number = asked.number or stopped.number
-            raise StoppedError(stopped.saved, how, number) from None
-
-
-def _recorder(path: Path, show: Bar, begin: Callable[[], None]) -> Callable[..., None]:
-    """What writes a row of the history to a file and shows it; before the first one it calls begin.
-
-    A resumed run hands its old rows over again. They stand in the file already; what follows them
-    there is of epochs that are trained again.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if is_first() and path.exists() else []
-    old, same = iter(lines), ""
-
-    def report(row: dict[str, Any]) -> None:
-        nonlocal old, same
-        begin()
-        if is_first():
-            line, before = json.dumps(plain(row)) + "\n", next(old, None)
-            if before == line.encode():
-                same += line
-            elif before is None:
-                append_text(path, line)
-            else:
-                write_text(path, same + line)
-                old = iter(())
-        show(row)
-
-    return report
 
 
 def best_on_test(history: Sequence[Mapping[str, Any]], monitor: str) -> Metrics | None:

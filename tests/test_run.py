@@ -62,7 +62,7 @@ def probabilities(logits):
 @pytest.fixture(scope="module", autouse=True)
 def a_save_after_every_epoch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.run.SAVE_SECONDS", 0)
+        patch.setattr("experiments.training.recording.SAVE_SECONDS", 0)
         yield
 
 

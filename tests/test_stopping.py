@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import experiments.run
+import experiments.training.recording
 from experiments import features
 from experiments.common.errors import exit_cleanly
 from experiments.common.stopping import StoppedError, StopRequest
@@ -143,10 +143,11 @@ def test_ctrl_c_and_sigterm_save_and_the_run_goes_on_from_there(signals, tmp_pat
 
 STEADY = """
 import sys
-import experiments.run
+import experiments.training.recording
 from experiments import features
 
-experiments.run.SAVE_SECONDS = 0  # a checkpoint after every epoch: most of the time it is saving
+# A checkpoint after every epoch: most of the time it is saving.
+experiments.training.recording.SAVE_SECONDS = 0
 features.main()
 """
 
@@ -234,7 +235,7 @@ IN_USE = re.compile(r"error: \S+ is in use by process \d+ on \S+ since [-\d]+T[:
 
 def in_a_fork(words, log):
     """The command, in a process that has its imports from the fork server."""
-    sys.argv, experiments.run.SAVE_SECONDS = ["features", *words], 0
+    sys.argv, experiments.training.recording.SAVE_SECONDS = ["features", *words], 0
     with (
         open(os.devnull, "w") as nothing,
         log.open("w") as said,
