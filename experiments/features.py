@@ -34,7 +34,7 @@ from experiments.datasets.features import Recipe, Table, read, sha256, strata
 from experiments.datasets.found import missing_elsewhere, what_was_found
 from experiments.datasets.labels import Wanted
 from experiments.datasets.preprocess import draw_split, folds, moments, scaled
-from experiments.models.encoders import FeatureEncoder, Positions
+from experiments.models.encoders import FeatureEncoder, Positions, mix_rows
 from experiments.models.missing import ModalityDropout, presence
 from experiments.models.targets import TARGETS, floors
 from experiments.run import Job, execute
@@ -42,7 +42,7 @@ from experiments.training.config import CommonConfig, FusionChange, build_fusion
 from experiments.training.devices import log
 from experiments.training.folds import Folds
 from experiments.training.metrics import Results
-from experiments.training.settings import Settings, settings_for
+from experiments.training.settings import Settings, regularisation_for, settings_for
 from experiments.training.task import Prediction, Task
 
 ABSENT = 0.3  # modality dropout where rows miss what others have
@@ -60,6 +60,11 @@ class Config(CommonConfig):
       positions: ordered, where the order of the positions of sequences and images tells something,
         or their mean.
       epochs, batch_size, patience: None: by the number of rows.
+      mixing: how much of another row is mixed into each modality in training, on average; see
+        `mix_rows`. None, here and in the next three: by the number of rows and features.
+      dropout: rate in the encoders, in front of the fusion.
+      head_dropout: rate behind the fusion.
+      average: decay of the running mean of the weights that is evaluated; 0: the weights are.
       modality_dropout: rate at which a modality of a row is hidden in training; None: 0.3 where
         rows of one part lack a modality that those of another have, else 0.
       data_sha256: of the files; not an option. A run on other data is not resumed.
@@ -77,6 +82,10 @@ class Config(CommonConfig):
     epochs: int | None = None  # type: ignore[assignment]
     batch_size: int | None = None
     patience: int | None = None  # type: ignore[assignment]
+    mixing: float | None = None
+    dropout: float | None = None  # type: ignore[assignment]
+    head_dropout: float | None = None
+    average: float | None = None  # type: ignore[assignment]
     modality_dropout: float | None = None
     data_sha256: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
 
@@ -85,6 +94,9 @@ class Config(CommonConfig):
         require(self.hidden >= 1, "hidden", self.hidden, "1 or more")
         size, rate = self.batch_size, self.modality_dropout
         require(size is None or size >= 1, "batch_size", size, "1 or more")
+        mixing, behind = self.mixing or 0, self.head_dropout or 0
+        require(0 <= mixing <= 1, "mixing", mixing, "a share from 0 to 1")
+        require(0 <= behind < 1, "head_dropout", behind, "0 or more and less than 1")
         usable = rate is None or 0 <= rate < 1
         require(usable, "modality_dropout", rate, "0 or more and less than 1")
 
@@ -103,14 +115,17 @@ def modalities(config: Config) -> tuple[str, ...]:
 class FeaturesModel(nn.Module):
     """An encoder per modality → fusion → linear: {name: [N, …]} → [N, outputs].
 
-    A modality that is NaN all over a row is missing there.
+    A modality that is NaN all over a row is missing there. The other fields are options of
+    `Config`.
     """
 
     fusion: nn.Module
     outputs: int
     features: int
     hidden: int
+    mixing: float
     dropout: float
+    head_dropout: float
     modality_dropout: float
     positions: Positions
 
@@ -121,10 +136,13 @@ class FeaturesModel(nn.Module):
         present = ModalityDropout(self.modality_dropout)(presence(inputs), train)
         encoded = {}
         for name, x in inputs.items():
+            if train and self.mixing:
+                x = mix_rows(self.make_rng("dropout"), x, x, self.mixing)
             options = self.features, self.hidden, self.dropout, self.positions
             encoded[name] = FeatureEncoder(*options, name=f"encode_{name}")(x, train)
         out = self.fusion(encoded, present, train=train, **start)
-        return Prediction(nn.Dense(self.outputs, name="head")(out.fused), out)
+        fused = nn.Dropout(self.head_dropout, deterministic=not train)(out.fused)
+        return Prediction(nn.Dense(self.outputs, name="head")(fused), out)
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -203,8 +221,10 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     dataset, recipe = prepare(table, split)
     for line in what_was_found(table, dataset):
         log(line)
+    rows = int(np.sum(split < 2))
+    columns = sum(x[0].size for x in table.modalities.values())
     given = validation_is_given(table), config.epochs, config.batch_size, config.patience
-    settings = settings_for(int(np.sum(split < 2)), *given)
+    settings, regularised = settings_for(rows, *given), regularisation_for(rows, columns, config)
     rate = modality_dropout(config, dataset)
     target = TARGETS[table.kind](dataset)
     task = Task(
@@ -213,7 +233,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
             target.outputs,
             config.features,
             config.hidden,
-            config.dropout,
+            *regularised[:3],
             rate,
             config.positions,
         ),
@@ -222,7 +242,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         target.probabilities,
         monitor=target.monitor,
         jacobian_weight=config.jacobian_weight,
-        average=config.average,
+        average=regularised.average,
     )
     return Job(
         "features",
@@ -232,7 +252,10 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         settings.schedule,
         drawn_folds(table, split, settings, config.seed),
         partial(floors, dataset, target),
-        [note(str(settings)), *([note(f"modality dropout is {rate:g}")] if rate else [])],
+        [
+            note(f"{settings}; {regularised}"),
+            *([note(f"modality dropout is {rate:g}")] if rate else []),
+        ],
         recipe,
     )
 

@@ -144,7 +144,7 @@ class OmicsModel(nn.Module):
         for name, x in inputs.items():
             x = jnp.where(present[name][:, None], x, 0)
             if train and self.mixing:
-                x = mix_rows(self.make_rng("dropout"), x[:, None], x, self.mixing)[:, 0]
+                x = mix_rows(self.make_rng("dropout"), x, x, self.mixing)
             gate = nn.sigmoid(nn.Dense(x.shape[-1], name=f"gate_{name}")(x))
             h = nn.relu(nn.Dense(self.features, name=f"encode_{name}")(x * gate))
             h = nn.Dropout(self.dropout, deterministic=not train)(h)

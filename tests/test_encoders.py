@@ -246,9 +246,9 @@ class TestUtteranceEncoder:
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_mix_rows(share):
     """A row of zeros with rows of ones mixed in shows the weight of those."""
-    mixed = mix_rows(jax.random.key(0), jnp.zeros((500, 4, 3)), jnp.ones((500, 3)), share)
-    weights = np.asarray(mixed)[..., 0]
-    np.testing.assert_array_equal(mixed, np.repeat(weights[..., None], 3, axis=2))
+    mixed = mix_rows(jax.random.key(0), jnp.zeros((2000, 4, 3)), jnp.ones((500, 4, 3)), share)
+    weights = np.asarray(mixed)[:, 0, 0]
+    np.testing.assert_array_equal(mixed, np.broadcast_to(weights[:, None, None], mixed.shape))
     low, high = max(0, 2 * share - 1), min(1, 2 * share)
     assert weights.min() >= low - 1e-6 and weights.max() <= high + 1e-6
     assert weights.mean() == pytest.approx(share, abs=0.02)
@@ -257,9 +257,19 @@ def test_mix_rows(share):
 
 def test_mix_rows_draws_the_others_alike():
     others = jnp.arange(10.0)[:, None]
-    drawn = mix_rows(jax.random.key(0), jnp.zeros((1000, 5, 1)), others, 1.0)
+    drawn = mix_rows(jax.random.key(0), jnp.zeros((5000, 1)), others, 1.0)
     counts = np.bincount(np.round(np.asarray(drawn).ravel()).astype(int), minlength=10)
     assert (abs(counts - 500) < 120).all()
+
+
+def test_mix_rows_leaves_alone_what_is_not_known():
+    """Neither a value nor a whole row that the other lacks, nor one that is missing itself."""
+    x, nan = jnp.array([[1.0, 2.0], [3.0, jnp.nan]]), jnp.nan
+    for others in (jnp.full((4, 2), nan), jnp.array([[nan, 7.0]])):
+        mixed = np.asarray(mix_rows(jax.random.key(0), x, others, 0.5))
+        np.testing.assert_array_equal(mixed[:, 0], x[:, 0])
+        assert np.isnan(mixed[1, 1]) and not np.isnan(mixed[0, 1])
+        assert (mixed[0, 1] == 2) == np.isnan(others[0, 1])
 
 
 class TestFeatureEncoder:

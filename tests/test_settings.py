@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.training.settings import settings_for
+from experiments.features import Config
+from experiments.training.settings import regularisation_for, settings_for
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,20 @@ def test_what_is_given_is_taken():
     assert (schedule.epochs, schedule.batch_size, schedule.patience) == (7, 9, 2)
     assert settings_for(28, split=True).folds == 0
     assert "batch 9, at most 7 epochs" in str(settings_for(28, epochs=7, batch_size=9))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        (28, 141, (0.3, 0, 0.5, 0.95)),
+        (999, 1000, (0.3, 0, 0.5, 0.95)),
+        (127, 4, (0.1, 0, 0.5, 0.95)),
+        (1000, 10_000, (0, 0.3, 0, 0)),
+    ],
+)
+def test_what_regularises(rows, columns, expected):
+    ruled = regularisation_for(rows, columns)
+    assert ruled == regularisation_for(rows, columns, Config()) == expected
+    given = regularisation_for(rows, columns, Config(mixing=0.0, average=0.5))
+    assert given == (0.0, *expected[1:3], 0.5)
+    assert "average 0.5" in str(given)

@@ -35,13 +35,10 @@ METRICS = ("accuracy", "micro_f1", "r2")  # the first that a set has
 TUNED: dict[str, dict[str, Any]] = {
     "rate 0.0003": {"learning_rate": 3e-4},
     "rate 0.003": {"learning_rate": 3e-3},
-    "dropout 0": {"dropout": 0.0},
     "dropout 0.6": {"dropout": 0.6},
+    "mixing 0": {"mixing": 0.0},
+    "mixing 0.3": {"mixing": 0.3},
     "weight decay 1": {"weight_decay": 1.0},
-    "batch 16": {"batch_size": 16},
-    "batch 64": {"batch_size": 64},
-    "average 0.95": {"average": 0.95},
-    "Jacobian weight 0": {"jacobian_weight": 0.0},
     "Jacobian weight 1": {"jacobian_weight": 1.0},
 }
 

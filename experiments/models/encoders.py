@@ -107,7 +107,8 @@ class UtteranceEncoder(nn.Module):
         middle, there = x.shape[1] // 2, ~jnp.isnan(x).any(axis=-1)
         x = jnp.where(there[..., None], x, 0)
         if train and self.corruption:
-            x = mix_rows(self.make_rng("dropout"), x, x[:, middle], self.corruption)
+            every, own = x.reshape(-1, x.shape[-1]), x[:, middle]
+            x = mix_rows(self.make_rng("dropout"), every, own, self.corruption).reshape(x.shape)
         h = nn.relu(nn.Dense(self.hidden)(x))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         out = nn.Dense(self.features)(h[:, middle])
@@ -121,17 +122,19 @@ class UtteranceEncoder(nn.Module):
 
 
 def mix_rows(key: jax.Array, x: jax.Array, others: jax.Array, share: float) -> jax.Array:
-    """(1 − λ) x + λ x′ for every vector x of [N, W, d], with x′ drawn from others [N, d].
+    """(1 − λ) x + λ x′ for every row x of [N, …], with x′ drawn from others [K, …].
 
     λ is uniform in the widest interval within 0 … 1 around its mean, the share. With 0.5, where it
     may be anything, what told one of two classes for certain tells it in about three rows of four.
+    What is NaN in x′ is not mixed in.
     """
     whose, how_much = jax.random.split(key)
-    rows = jax.random.randint(whose, x.shape[:2], 0, len(others))
+    rows = jax.random.randint(whose, (len(x),), 0, len(others))
     reach = min(share, 1 - share)
-    shape = (*x.shape[:2], 1)
+    shape = (len(x), *(1,) * (x.ndim - 1))
     mixed = jax.random.uniform(how_much, shape, minval=share - reach, maxval=share + reach)
-    return x + mixed * (others[rows] - x)
+    change = mixed * (others[rows] - x)
+    return x + jnp.where(jnp.isnan(change), 0, change)
 
 
 Positions = Literal["ordered", "mean"]

@@ -77,11 +77,12 @@ class CommonConfig:
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
         weight = self.jacobian_weight
         require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more and less than 1")
+        for name in ("dropout", "average"):  # None: a rule says
+            rate = getattr(self, name)
+            require(rate is None or 0 <= rate < 1, name, rate, "0 or more and less than 1")
         rate, decay = self.learning_rate, self.weight_decay
         require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
         require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
-        require(0 <= self.average < 1, "average", self.average, "0 or more and less than 1")
         usable = self.patience is None or self.patience >= 1
         require(usable, "patience", self.patience, "1 or more")
 

@@ -8,9 +8,20 @@
 
 Everywhere there is an evaluation every 20 steps or every epoch, whichever takes longer, and
 training ends after 400 steps without a gain. What is given is taken as it is.
+
+What regularises follows from the number of rows, too, and of features, over all modalities:
+
+    rows                               mixing   dropout before, behind the fusion   average
+    fewer than 1,000, and fewer than
+    features                           0.3      0      0.5                          0.95
+    fewer than 1,000                   0.1      0      0.5                          0.95
+    1,000 or more                      0        0.3    0                            0
+
+The learning rate and the Jacobian weight are the same for all: see CommonConfig. How all of this
+was chosen: experiments/README.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.training.schedule import Schedule
 
@@ -55,3 +66,33 @@ def settings_for(
     patience = patience or -(-PATIENCE // (every * batches))
     schedule = Schedule(epochs, size, every, patience, smooth=3 if folds else 1)
     return Settings(schedule, folds, min(max(1, round(HELD_OUT / rows)), REPEATS))
+
+
+class Regularisation(NamedTuple):
+    """What keeps a model from learning its rows by heart; see `experiments.features.Config`."""
+
+    mixing: float
+    dropout: float
+    head_dropout: float
+    average: float
+
+    def __str__(self) -> str:
+        return (
+            f"mixing {self.mixing:g}, dropout {self.dropout:g} in front of the fusion and "
+            f"{self.head_dropout:g} behind it, average {self.average:g}"
+        )
+
+
+def regularisation_for(rows: int, columns: int, given: Any = None) -> Regularisation:
+    """That of so many training and validation rows and features, but what `given` has attributes
+    for that are not None.
+
+    Where rows are few, others mixed into them regularise, the more where every row is far from the
+    others; of few features that would wipe out what tells two classes apart. Dropout in front of
+    the fusion harms DEQ fusion: under group normalisation a sample looks another without it.
+    """
+    ruled = Regularisation(0.0, 0.3, 0.0, 0.0)
+    if rows < FEW:
+        ruled = Regularisation(0.3 if rows < columns else 0.1, 0.0, 0.5, 0.95)
+    values = {name: getattr(given, name, None) for name in ruled._fields}
+    return ruled._replace(**{name: x for name, x in values.items() if x is not None})
