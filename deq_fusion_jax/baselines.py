@@ -26,9 +26,10 @@ from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.residual import FLOOR, measured
-from deq_fusion_jax.state import ravel
-from deq_fusion_jax.stats import SolveStats, judged
+from deq_fusion_jax.stats import SolveStats
+from deq_fusion_jax.token_baselines import CrossAttention, TokensUnrolled
+from deq_fusion_jax.tokens import TokenFusion
+from deq_fusion_jax.unroll import unroll
 
 __all__ = [
     "FUSIONS",
@@ -260,13 +261,8 @@ class WeightTied(CellFusion):
         if adjoint0 is not None:
             raise ValueError("WeightTied solves no adjoint equation; adjoint0 is for DEQFusion.")
         _at_least_one(self, "steps")
-        f, args = as_map(cell), (variables, injection)
-        step = jax.checkpoint(f, prevent_cse=False) if self.remat else f
-        z = jax.lax.scan(lambda z, _: (step(z, *args), None), z0, length=self.steps)[0]
-        held = jax.lax.stop_gradient((z, *args))
-        _, residual = measured(ravel(f(*held)), ravel(held[0]), FLOOR)
-        steps = jnp.full(residual.shape, self.steps, jnp.int32)
-        return z, judged(steps, residual, self.tol)
+        f = as_map(cell)
+        return unroll(f, z0, (variables, injection), self.steps, self.tol, self.remat)
 
 
 def _at_least_one(module: nn.Module, name: str) -> None:
@@ -282,6 +278,9 @@ FUSIONS: dict[str, Callable[..., nn.Module]] = {
     "gmu": GMU,
     "lmf": LowRank,
     "attention": Attention,
+    "tokens": TokenFusion,
+    "tokens_unrolled": TokensUnrolled,
+    "cross_attention": CrossAttention,
 }
 """The fusions by the names that the command line has for them."""
 

@@ -161,6 +161,6 @@ def _count_and_mean(modalities: Modalities, injection: Injection) -> tuple[jax.A
     return count, sum(modalities.values()) / jnp.maximum(count, 1)
 
 
-def as_map(cell: FusionCell, method: str | None = None) -> Map:
+def as_map(cell: nn.Module, method: str | None = None) -> Map:
     """An unbound cell, or the method of that name, as the pure map f(z, variables, *its inputs)."""
     return lambda z, variables, *inputs: cell.apply(variables, z, *inputs, method=method)

@@ -85,3 +85,43 @@ def spectral_radius(f: Map, z: PyTree, *args: PyTree, key: jax.Array, steps: int
     v = v / jnp.linalg.norm(v, axis=1, keepdims=True)
     _, growth = jax.lax.scan(step, v, None, length=steps)
     return jax.lax.stop_gradient(jnp.exp(jnp.mean(jnp.log(growth[steps // 2 :]), axis=0)))
+
+
+def coupling(
+    states: Map, inputs: PyTree, *, key: jax.Array, probes: int = 8
+) -> dict[str, dict[str, jax.Array]]:
+    r"""How much each state depends on each input, per sample, estimated by random probes:
+
+    $$‖∂z_i / ∂x_j‖_F ≈ \Big(\frac{1}{P} ∑_{p=1}^P ‖v_p^⊤ ∂z_i / ∂x_j‖^2\Big)^{1/2}, \qquad
+    v_p ∼ \mathcal{N}(0, I).$$
+
+    A fusion whose $∂z_i / ∂x_j$ are near 0 for i ≠ j fuses nothing, however small its residual is.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from deq_fusion_jax import coupling
+        >>> states = lambda x: {"a": 2 * x["a"], "b": x["a"] + x["b"]}
+        >>> inputs = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}
+        >>> found = coupling(states, inputs, key=jax.random.key(0), probes=5000)
+        >>> print(found["a"]["a"].round(1), found["a"]["b"], found["b"]["a"].round(1))
+        [2.] [0.] [1.]
+
+    Args:
+      states: {name: x_j [B, …]} → {name: z_i [B, …]}, each sample for itself, such as the
+        `modalities` of a fusion's output.
+      inputs: where it is looked at.
+      key: PRNG key for the probes.
+      probes: P, each of which costs a backward pass for every state.
+
+    Returns:
+      {i: {j: [B]}}.
+    """
+    z, vjp = jax.vjp(states, inputs)
+
+    def square(i: str, key: jax.Array) -> dict[str, jax.Array]:
+        drawn = jax.random.normal(key, z[i].shape, z[i].dtype)
+        probe = {name: drawn if name == i else jnp.zeros_like(z[name]) for name in z}
+        return {j: jnp.sum(ravel(x) ** 2, axis=1) for j, x in vjp(probe)[0].items()}
+
+    keys = jax.random.split(key, probes)
+    squares = {i: jax.lax.map(lambda key, i=i: square(i, key), keys) for i in z}
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(x, axis=0)), squares)

@@ -17,7 +17,7 @@ from deq_fusion_jax.fixed_point import deq_fixed_point
 from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
 from deq_fusion_jax.injection import Inject, Injection, Mask, Modalities
 from deq_fusion_jax.solvers import Anderson, Solver
-from deq_fusion_jax.state import Map
+from deq_fusion_jax.state import Map, PyTree
 from deq_fusion_jax.stats import SolveStats, in_parts
 
 Solve = Callable[..., tuple[Any, SolveStats]]
@@ -48,22 +48,65 @@ export.register_namedtuple_serialization(
 )
 
 
-class CellFusion(nn.Module):
-    """Fusion by iterating a `FusionCell`; a subclass says how, in `iterate`.
+class Iterated(nn.Module):
+    """Fusion by iterating a cell, a module (z, injection) → z; a subclass says how, in `iterate`.
+
+    Attributes:
+      features: d, the width of every equilibrium.
+      dropout: rate within the cell; one mask a solve.
+      jacobian_probes: of `jacobian_penalty`.
+      dtype: computation dtype of the layers.
+    """
+
+    features: int
+    _: KW_ONLY
+    dropout: float = 0.0
+    jacobian_probes: int = 2
+    dtype: Any = None
+
+    def run(
+        self, cell: nn.Module, z0: PyTree, injection: PyTree, adjoint0: Adjoint | None
+    ) -> tuple[PyTree, SolveStats, jax.Array | None, jax.Array | None]:
+        """The state iterated to, how it went, and the Jacobian penalty and the spectral radius
+        there, each if its rng is given."""
+        if self.is_initializing():
+            cell(z0, injection)  # creates the parameters
+        unbound, variables = cell.unbind()
+        z, stats = self.iterate(unbound, z0, variables, injection, adjoint0)
+        penalty = radius = None
+        f = as_map(unbound)
+        if self.has_rng("jacobian"):
+            key, probes = self.make_rng("jacobian"), self.jacobian_probes
+            penalty = jacobian_penalty(f, z, variables, injection, key=key, probes=probes)
+        if self.has_rng("radius"):
+            key = self.make_rng("radius")
+            radius = spectral_radius(f, z, variables, injection, key=key)
+        return z, stats, penalty, radius
+
+    def iterate(
+        self,
+        cell: Any,
+        z0: PyTree,
+        variables: PyTree,
+        injection: PyTree,
+        adjoint0: Adjoint | None,
+    ) -> tuple[PyTree, SolveStats]:
+        """The state that the unbound cell is iterated to from z0, and how it went."""
+        raise NotImplementedError
+
+
+class CellFusion(Iterated):
+    """Fusion by iterating a `FusionCell`.
 
     `DEQFusion` describes the call, its errors and the attributes.
     """
 
-    features: int
     _: KW_ONLY
     groups: int = 4
     gate_scale: float = 0.25
     residual_scale: float = 0.25
     lift: float = 2.0
     activation_last: bool = False
-    dropout: float = 0.0
-    jacobian_probes: int = 2
-    dtype: Any = None
     cell_type: type[FusionCell] = FusionCell
 
     @classmethod
@@ -94,31 +137,8 @@ class CellFusion(nn.Module):
         )
         if z0 is None:
             z0 = jax.tree.map(jnp.zeros_like, FusionState(injection.modalities, injection.fused))
-        if self.is_initializing():
-            cell(z0, injection)  # creates the parameters
-        unbound, variables = cell.unbind()
-        z, stats = self.iterate(unbound, z0, variables, injection, adjoint0)
-        penalty = radius = None
-        f = as_map(unbound)
-        if self.has_rng("jacobian"):
-            key, probes = self.make_rng("jacobian"), self.jacobian_probes
-            penalty = jacobian_penalty(f, z, variables, injection, key=key, probes=probes)
-        if self.has_rng("radius"):
-            key = self.make_rng("radius")
-            radius = spectral_radius(f, z, variables, injection, key=key)
-        gates = cell.gates(z, injection)
-        return FusionOutput(z.fused, z.modalities, gates, stats, penalty, radius)
-
-    def iterate(
-        self,
-        cell: FusionCell,
-        z0: FusionState,
-        variables: Any,
-        injection: Injection,
-        adjoint0: Adjoint | None,
-    ) -> tuple[FusionState, SolveStats]:
-        """The state that the cell is iterated to from z0, and how it went."""
-        raise NotImplementedError
+        z, stats, penalty, radius = self.run(cell, z0, injection, adjoint0)
+        return FusionOutput(z.fused, z.modalities, cell.gates(z, injection), stats, penalty, radius)
 
 
 class DEQFusion(CellFusion):
@@ -190,9 +210,8 @@ class DEQFusion(CellFusion):
         injection: Injection,
         adjoint0: Adjoint | None,
     ) -> tuple[FusionState, SolveStats]:
-        solve: Solve = partial(deq_fixed_point, solver=self.solver, gradient=self.gradient)
-        if self.batch_axis and not self.is_initializing():
-            solve = _on_each_device(solve, self.batch_axis)
+        axis = None if self.is_initializing() else self.batch_axis
+        solve = solve_with(self.solver, self.gradient, axis)
         if self.schedule == "joint":
             return solve(as_map(cell), z0, variables, injection, adjoint0=adjoint0)
         if self.schedule != "staged":
@@ -206,6 +225,12 @@ class DEQFusion(CellFusion):
         held = cell.apply(variables, modalities, injection, method="held_gates")
         fused, second = solve(step_fused, z0.fused, variables, held, injection, adjoint0=second0)
         return FusionState(modalities, fused), in_parts(first, second)
+
+
+def solve_with(solver: Solver, gradient: GradientRule, batch_axis: str | None) -> Solve:
+    """`deq_fixed_point` with these, of every device's own samples where a batch axis is named."""
+    solve: Solve = partial(deq_fixed_point, solver=solver, gradient=gradient)
+    return _on_each_device(solve, batch_axis) if batch_axis else solve
 
 
 def _on_each_device(solve: Solve, axis: str) -> Solve:

@@ -1,6 +1,6 @@
 """What a fusion is given: the features of named modalities, projected, lifted and masked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,17 +87,18 @@ class Inject(nn.Module):
         }
 
 
-def lift_scale(x: jax.Array, floor: float) -> jax.Array:
+def lift_scale(x: jax.Array, floor: float, axes: Sequence[int] | None = None) -> jax.Array:
     """x · √(1 + c²/r²): the root mean square r of each sample becomes √(r² + c²), c = `floor`.
 
-    r is taken over all axes but the first. Large inputs pass unchanged and small ones are raised
-    to c, so that the injected x_i outweighs the recurrent part of f_i at every input scale; a
-    larger r still comes out larger. 0 gives x itself, as in the paper.
+    r is taken over all axes but the first, or over `axes`. Large inputs pass unchanged and small
+    ones are raised to c, so that the injected x_i outweighs the recurrent part of f_i at every
+    input scale; a larger r still comes out larger. 0 gives x itself, as in the paper.
     """
     if floor == 0:
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean_square = jnp.mean(wide * wide, axis=range(1, x.ndim), keepdims=True)
+    over = range(1, x.ndim) if axes is None else axes
+    mean_square = jnp.mean(wide * wide, axis=over, keepdims=True)
     return (wide * jnp.sqrt(1 + floor**2 / (mean_square + 1e-12))).astype(x.dtype)
 
 
@@ -125,16 +126,27 @@ def presence(inputs: Modalities, mask: Mask) -> Modalities:
                 f"{inputs[first].shape}; all axes except the last must agree."
             )
     batch, ones = inputs[first].shape[0], (1,) * (inputs[first].ndim - 1)
+    present = parse_mask(mask, batch, inputs)
+    return {name: x.reshape(batch, *ones) for name, x in present.items()}
+
+
+def parse_mask(mask: Mask, batch: int, names: Iterable[str]) -> Modalities:
+    """{name: [B] float}, 1 where present, from a mask [B, M] or {name: [B]} or None.
+
+    Raises:
+      ValueError: the mask does not fit.
+    """
+    names = list(names)
     if mask is None:
-        return {name: jnp.ones((batch, *ones)) for name in inputs}
+        return {name: jnp.ones(batch) for name in names}
     if not isinstance(mask, Mapping):
         mask = jnp.asarray(mask)
-        if mask.shape != (batch, len(inputs)):
-            raise ValueError(f"mask has shape {mask.shape}; expected {(batch, len(inputs))}.")
-        mask = dict(zip(sorted(inputs), mask.T, strict=True))
+        if mask.shape != (batch, len(names)):
+            raise ValueError(f"mask has shape {mask.shape}; expected {(batch, len(names))}.")
+        mask = dict(zip(sorted(names), mask.T, strict=True))
     mask = {name: jnp.asarray(present) for name, present in mask.items()}
-    if set(mask) != set(inputs) or any(m.shape != (batch,) for m in mask.values()):
+    if set(mask) != set(names) or any(m.shape != (batch,) for m in mask.values()):
         raise ValueError(
-            f"mask has {describe(mask)}; expected an array [{batch}] for each of {sorted(inputs)}."
+            f"mask has {describe(mask)}; expected an array [{batch}] for each of {sorted(names)}."
         )
-    return {name: jnp.where(mask[name] > 0, 1.0, 0.0).reshape(batch, *ones) for name in inputs}
+    return {name: jnp.where(mask[name] > 0, 1.0, 0.0) for name in names}
