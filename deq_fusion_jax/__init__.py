@@ -13,8 +13,9 @@ Source: Ni, Bai, Zhang, Yao and Mei, "Deep Equilibrium Multimodal Fusion", arXiv
 from deq_fusion_jax.cell import FusionCell, FusionState
 from deq_fusion_jax.diagnostics import coupling, jacobian_penalty, spectral_radius
 from deq_fusion_jax.fixed_point import deq_fixed_point
-from deq_fusion_jax.fusion import DEQFusion, FusionOutput
+from deq_fusion_jax.fusion import DEQFusion
 from deq_fusion_jax.gradients import Adjoint, Implicit, Phantom, Unrolled
+from deq_fusion_jax.iterated import FusionOutput
 from deq_fusion_jax.solvers import Anderson, Broyden, Picard
 from deq_fusion_jax.stats import ConvergenceError, ConvergenceWarning, SolveStats, Status
 from deq_fusion_jax.tokens import TokenFusion

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from deq_fusion_jax.cell import FusionCell, FusionState, as_map
-from deq_fusion_jax.fusion import CellFusion, DEQFusion, FusionOutput
+from deq_fusion_jax.fusion import CellFusion, DEQFusion
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
+from deq_fusion_jax.iterated import FusionOutput
 from deq_fusion_jax.layers import dense
 from deq_fusion_jax.stats import SolveStats
 from deq_fusion_jax.token_baselines import CrossAttention, TokensUnrolled

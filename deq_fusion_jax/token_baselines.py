@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 
 from deq_fusion_jax.cell import as_map
-from deq_fusion_jax.fusion import FusionOutput
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Mask, Modalities
+from deq_fusion_jax.iterated import FusionOutput
 from deq_fusion_jax.layers import dense
 from deq_fusion_jax.state import PyTree
 from deq_fusion_jax.stats import SolveStats

@@ -1,5 +1,6 @@
 """Deep equilibrium fusion of modalities that still have positions: `TokenFusion`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import Any
@@ -8,14 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax.cell import as_map
-from deq_fusion_jax.fusion import FusionOutput, Iterated, solve_with
-from deq_fusion_jax.gradients import Adjoint, GradientRule, Implicit
+from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Mask, Modalities, lift_scale, parse_mask
+from deq_fusion_jax.iterated import Equilibrium, FusionOutput, Iterated
 from deq_fusion_jax.layers import dense
 from deq_fusion_jax.solvers import Anderson, Solver
-from deq_fusion_jax.state import PyTree, describe
-from deq_fusion_jax.stats import SolveStats
+from deq_fusion_jax.state import describe
 from deq_fusion_jax.token_cell import TokenCell, TokenInjection
 
 Lengths = Mapping[str, jax.Array] | None
@@ -37,6 +36,7 @@ class InjectTokens(nn.Module):
         self, inputs: Modalities, lengths: Lengths, mask: Mask, train: bool
     ) -> TokenInjection:
         found, tokens = positions_there(inputs, lengths, mask), {}
+        inputs = {name: _flat(x) for name, x in inputs.items()}
         for name in sorted(inputs):
             x = jnp.where(found[name], inputs[name], 0)  # a position that is not there may be NaN
             if x.shape[-1] != self.features:
@@ -62,7 +62,7 @@ def positions_there(inputs: Modalities, lengths: Lengths, mask: Mask) -> dict[st
     """{name: [B, T_i, 1] bool}, which positions there are; see `TokenFusion`.
 
     Raises:
-      ValueError: inputs is no dict of floating-point arrays [B, T_i, features] with one B, or the
+      ValueError: inputs is no dict of floating-point arrays [B, …, features] with one B, or the
         lengths or the mask do not fit.
     """
     if not isinstance(inputs, Mapping) or not inputs:
@@ -71,10 +71,10 @@ def positions_there(inputs: Modalities, lengths: Lengths, mask: Mask) -> dict[st
         )
     batch = len(next(iter(inputs.values())))
     for name, x in inputs.items():
-        if x.ndim != 3 or len(x) != batch or not jnp.issubdtype(x.dtype, jnp.floating):
+        if x.ndim < 2 or len(x) != batch or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"modality {name!r} is {describe(x)}; expected floating point "
-                f"[{batch}, positions, features]."
+                f"[{batch}, …, features]."
             )
     lengths = {name: jnp.asarray(length) for name, length in (lengths or {}).items()}
     if unknown := sorted(set(lengths) - set(inputs)):
@@ -87,18 +87,23 @@ def positions_there(inputs: Modalities, lengths: Lengths, mask: Mask) -> dict[st
     return found
 
 
+def _flat(x: jax.Array) -> jax.Array:
+    """[B, T, d], whatever axes the positions have; one without any is one position."""
+    return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+
+
 def _there(name: str, length: jax.Array | None, x: jax.Array) -> jax.Array:
-    """[B, T] bool from lengths [B], from a bool [B, T], or from None: all of them."""
-    batch, positions = x.shape[:2]
+    """[B, T] bool from lengths [B], from a bool [B, …], or from None: all of them."""
+    batch, positions = len(x), math.prod(x.shape[1:-1])
     if length is None:
         return jnp.ones((batch, positions), bool)
     if length.shape == (batch,) and jnp.issubdtype(length.dtype, jnp.integer):
         return jnp.arange(positions) < length[:, None]
-    if length.shape == (batch, positions) and length.dtype == bool:
-        return length
+    if length.shape == x.shape[:-1] and length.dtype == bool:
+        return length.reshape(batch, positions)
     raise ValueError(
         f"lengths of {name!r} are {describe(length)}; expected integers [{batch}], or bool "
-        f"[{batch}, {positions}], which positions there are."
+        f"{list(x.shape[:-1])}, which positions there are."
     )
 
 
@@ -172,7 +177,7 @@ class IteratedTokens(Iterated):
         return FusionOutput(fused, z, cell.gates(z, injection), stats, penalty, radius)
 
 
-class TokenFusion(IteratedTokens):
+class TokenFusion(Equilibrium, IteratedTokens):
     r"""Deep equilibrium fusion of modalities with positions: a `TokenCell` f at its fixed point,
 
     $$z^⋆ = f(z^⋆, x), \qquad z_i ← \mathrm{LN}(x_i + \mathrm{SA}_i(z_i) +
@@ -192,11 +197,12 @@ class TokenFusion(IteratedTokens):
         ((2, 16), (2, 5, 16), [True, True])
 
     The call is (inputs, mask, train, lengths, z0, adjoint0) → `FusionOutput`. `inputs` are
-    {name: [B, T_i, d_i]}, each modality with a number of positions and a width of its own.
-    `lengths` has, for any of them, the number of positions of every sample, integers [B], or which
-    there are, bool [B, T_i]; what is beyond may be anything, NaN included, and changes nothing.
-    `mask` tells which modalities a sample has, as in `DEQFusion`. Positions have no order but what
-    their features tell: add a positional encoding where order counts. `z0` {name: [B, T_i, d]} and
+    {name: [B, T_i, d_i]}, each modality with a number of positions and a width of its own; those of
+    [B, H, W, d_i] are taken row by row, and [B, d_i] is one position. `lengths` has, for any of
+    them, the number of positions of every sample, integers [B], or which there are, bool [B, T_i]
+    or [B, H, W]; what is beyond may be anything, NaN included, and changes nothing. `mask` tells
+    which modalities a sample has, as in `DEQFusion`. Positions have no order but what their
+    features tell: add a positional encoding where order counts. `z0` {name: [B, T_i, d]} and
     `adjoint0` are where the solves start; rngs "dropout", "jacobian" and "radius" as in
     `DEQFusion`.
 
@@ -221,17 +227,9 @@ class TokenFusion(IteratedTokens):
     """
 
     solver: Solver = Anderson(tol=1e-3, max_steps=50)
-    gradient: GradientRule = Implicit()
-    batch_axis: str | None = None
 
-    def iterate(
-        self,
-        cell: Any,
-        z0: PyTree,
-        variables: PyTree,
-        injection: PyTree,
-        adjoint0: Adjoint | None,
-    ) -> tuple[PyTree, SolveStats]:
-        axis = None if self.is_initializing() else self.batch_axis
-        solve = solve_with(self.solver, self.gradient, axis)
-        return solve(as_map(cell), z0, variables, injection, adjoint0=adjoint0)
+    @staticmethod
+    def state(out: FusionOutput) -> Modalities:
+        """What `z0` is like, from an output."""
+        assert out.modalities is not None
+        return out.modalities

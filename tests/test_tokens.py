@@ -80,6 +80,13 @@ class TestNothingChanges:
         there = {name: np.arange(SHAPES[name][0]) < x[:, None] for name, x in lengths_of().items()}
         np.testing.assert_array_equal(layer(inputs_of(), lengths=there).fused, whole.fused)
 
+    def test_the_axes_of_positions(self, layer, whole):
+        """A grid is its positions row by row."""
+        inputs, lengths = inputs_of(), lengths_of()
+        inputs["text"] = inputs["text"].reshape(3, 2, 2, 7)
+        lengths["text"] = (np.arange(4) < lengths["text"][:, None]).reshape(3, 2, 2)
+        np.testing.assert_array_equal(layer(inputs, lengths=lengths).fused, whole.fused)
+
     def test_the_order_of_modalities(self, layer, whole):
         turned = dict(reversed(inputs_of().items()))
         np.testing.assert_array_equal(layer(turned, lengths=lengths_of()).fused, whole.fused)
@@ -301,7 +308,8 @@ def test_every_scale_converges_at_the_start(features, positions):
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        ({"inputs": {"a": np.ones((2, 3), np.float32)}}, "modality 'a' is float32[2, 3]; expected"),
+        ({"inputs": {"a": np.ones(3, np.float32)}}, "modality 'a' is float32[3]; expected"),
+        ({"inputs": {"a": np.ones((3, 2), int)}}, "expected floating point [3, …, features]"),
         ({"inputs": [1]}, "inputs is a list; expected a dict"),
         ({"lengths": {"c": np.ones(2, int)}}, "lengths are given for ['c']; the modalities are"),
         ({"lengths": {"a": np.ones(3, int)}}, "lengths of 'a' are int"),

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from deq_fusion_jax import DEQFusion
+from deq_fusion_jax.iterated import Equilibrium
 from experiments.common.text import percent
 from experiments.datasets import Dataset
 from experiments.reporting import figures
@@ -73,9 +73,9 @@ class Traced(NamedTuple):
 
 
 def traced(task: Task, dataset: Dataset, fitted: Fitted) -> Traced | None:
-    """The solves of TRACED_SAMPLES validation rows; None where the fusion is not DEQ."""
+    """The solves of TRACED_SAMPLES validation rows; None where the fusion solves nothing."""
     fusion = getattr(task.model, "fusion", None)
-    if not isinstance(fusion, DEQFusion) or not dataclasses.is_dataclass(fusion.solver):
+    if not isinstance(fusion, Equilibrium) or not dataclasses.is_dataclass(fusion.solver):
         return None
     solver = dataclasses.replace(fusion.solver, trace=True)
     model = task.model.clone(fusion=fusion.clone(solver=solver))

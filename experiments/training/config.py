@@ -25,17 +25,21 @@ class CommonConfig:
     """The options that every experiment has.
 
     Attributes:
-      fusion: deq, weight_tied, concat, sum, gmu, lmf, attention, or the name of one modality.
+      fusion: deq, weight_tied, concat, sum, gmu, lmf, attention; of positions, where the inputs
+        have any, tokens, tokens_unrolled, cross_attention; or the name of one modality.
       seed: of the initial weights, the order of the rows, dropout and the validation rows.
       epochs: passes over the training rows, at most.
       run_dir: where to write; by default a new folder under runs/.
       resume: go on with the run in run_dir; where there is none, it begins.
       features: d, the width of the fusion.
-      jacobian_weight: γ, weight of the Jacobian penalty (deq, weight_tied).
-      tol: relative residual at which the solver is done (deq, weight_tied).
-      max_steps: solver steps, at most (deq).
+      jacobian_weight: γ, weight of the Jacobian penalty (deq, weight_tied, tokens,
+        tokens_unrolled).
+      tol: relative residual at which the solver is done (the same four).
+      max_steps: solver steps, at most (deq, tokens).
+      unroll_steps: of weight_tied and tokens_unrolled; None: 10 and 1.
       warm_start: start the solves of a training row where its last ones ended; pays where a row's
-        features hardly change between epochs, that is without dropout before the fusion (deq).
+        features hardly change between epochs, that is without dropout before the fusion (deq,
+        tokens).
       dropout: rate in the encoders.
       learning_rate, weight_decay: of the optimiser.
       average: decay of the running mean of the weights that is evaluated; 0: the weights are.
@@ -59,6 +63,7 @@ class CommonConfig:
     jacobian_weight: float = 0.1
     tol: float = 1e-3
     max_steps: int = 100
+    unroll_steps: int | None = None
     warm_start: bool = False
     dropout: float = 0.3
     learning_rate: float = 1e-3
@@ -75,6 +80,8 @@ class CommonConfig:
         require(self.features >= 1, "features", self.features, "1 or more")
         require(eps <= self.tol < 1, "tol", self.tol, f"from {eps:.1e}, float32's resolution, to 1")
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
+        unrolled = self.unroll_steps
+        require(unrolled is None or unrolled >= 1, "unroll_steps", unrolled, "1 or more")
         weight = self.jacobian_weight
         require(0 <= weight < float("inf"), "jacobian_weight", weight, "0 or more")
         for name in ("dropout", "average"):  # None: a rule says
@@ -110,21 +117,24 @@ def require(usable: bool, option: str, given: Any, expected: str) -> None:
 
 def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
     """The fusion that the options describe."""
-    options: dict[str, Any] = {}
-    if config.warm_start and config.fusion != "deq":
-        raise InputError(f"--warm-start: --fusion {config.fusion} solves nothing; use --fusion deq")
-    if config.fusion in ("deq", "weight_tied", "attention") and config.features % 4:
-        raise InputError(
-            f"--features {config.features}: --fusion {config.fusion} needs a multiple of 4"
-        )
+    name, options = config.fusion, dict[str, Any]()
+    solved, unrolled = name in ("deq", "tokens"), name in ("weight_tied", "tokens_unrolled")
+    if config.warm_start and not solved:
+        raise InputError(f"--warm-start: --fusion {name} solves nothing; use deq or tokens")
+    if config.unroll_steps and not unrolled:
+        raise InputError(f"--unroll-steps: use --fusion weight_tied or tokens_unrolled, not {name}")
+    if (solved or unrolled or "attention" in name) and config.features % 4:
+        raise InputError(f"--features {config.features}: --fusion {name} needs a multiple of 4")
+    if solved:
+        options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
+        # As the paper trains: with few steps. Every step reports the fraction that converged.
+        options["gradient"] = Implicit(on_failure="keep")
+    if unrolled:
+        options["tol"] = config.tol
+        if config.unroll_steps:
+            options["steps"] = config.unroll_steps
     try:
-        if config.fusion == "deq":
-            options["solver"] = Anderson(tol=config.tol, max_steps=config.max_steps)
-            # As the paper trains: with few steps. Every step reports the fraction that converged.
-            options["gradient"] = Implicit(on_failure="keep")
-        if config.fusion == "weight_tied":
-            options["tol"] = config.tol
-        return make_fusion(config.fusion, config.features, modalities, **options)
+        return make_fusion(name, config.features, modalities, **options)
     except ValueError as error:
         raise InputError(f"--fusion {config.fusion}: {error}") from error
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from deq_fusion_jax import DEQFusion
+from deq_fusion_jax.iterated import Equilibrium
 from experiments.common.errors import InputError, exit_cleanly
 
 PyTree = Any
@@ -154,9 +154,9 @@ def put_batches(tree: PyTree, batch_size: int) -> PyTree:
 def shard_model(model: nn.Module) -> nn.Module:
     """The model with every device's solver by itself."""
     fusion = getattr(model, "fusion", None)
-    if _mesh().empty or not isinstance(fusion, DEQFusion):
+    if _mesh().empty or not isinstance(fusion, Equilibrium):
         return model
-    return model.clone(fusion=fusion.clone(batch_axis=BATCH))  # type: ignore[call-arg]
+    return model.clone(fusion=fusion.clone(batch_axis=BATCH))
 
 
 def share_of(batch_size: int, rows: int) -> int:

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deq_fusion_jax import Adjoint, FusionState
+from deq_fusion_jax import Adjoint
 from experiments.datasets import Split
 from experiments.training.devices import put, replicate, shard
 from experiments.training.task import Task, Variables, solver_means
-from experiments.training.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint
+from experiments.training.warm import Warm, cold_start, put_rows, rows_of, solves_adjoint, state_of
 
 PyTree = Any
 Seen = dict[str, jax.Array]  # what a step saw: {name: []}
@@ -187,7 +187,7 @@ def gradient_of(
         if fusion.jacobian_penalty is not None:
             seen["jacobian_penalty"] = fusion.jacobian_penalty
             loss = loss + task.jacobian_weight * fusion.jacobian_penalty
-        rest = FusionState(fusion.modalities, fusion.fused)
+        rest = state_of(task.model, fusion)
         return loss, (changed.get("batch_stats", {}), seen, rest)
 
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)

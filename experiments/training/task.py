@@ -45,7 +45,7 @@ class Task:
 
     Attributes:
       model: (inputs, train=…, z0=…, adjoint0=…) → `Prediction`; the last two go to its fusion,
-        and are only given where that is a `DEQFusion`.
+        and are only given where that solves an equilibrium.
       loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
       metrics: (labels, probabilities) → {name: value}.
       probabilities: logits → probabilities, or whatever is predicted; traceable.

@@ -12,22 +12,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deq_fusion_jax import Adjoint, DEQFusion, FusionState, Implicit
+from deq_fusion_jax import Adjoint, FusionOutput, Implicit
+from deq_fusion_jax.iterated import Equilibrium
 
 PyTree = Any
 
 
 class Warm(NamedTuple):
-    """Starts of a batch of rows, or of all of them: `z0` and `adjoint0` of a `DEQFusion`."""
+    """Starts of a batch of rows, or of all of them: `z0` and `adjoint0` of a fusion that solves."""
 
-    z0: FusionState
+    z0: PyTree
     adjoint0: Adjoint
 
 
 def solves_adjoint(model: nn.Module) -> bool:
     """Whether a model's fusion has a backward solve that can be watched and warm-started."""
     fusion = getattr(model, "fusion", None)
-    return isinstance(fusion, DEQFusion) and isinstance(fusion.gradient, Implicit)
+    return isinstance(fusion, Equilibrium) and isinstance(fusion.gradient, Implicit)
 
 
 def cold_start(model: nn.Module, variables: PyTree, inputs: PyTree) -> Warm:
@@ -35,9 +36,14 @@ def cold_start(model: nn.Module, variables: PyTree, inputs: PyTree) -> Warm:
     if solves_adjoint(model):
         model = model.clone(fusion=model.fusion.clone(batch_axis=None))
     out = jax.eval_shape(model.apply, variables, inputs).fusion
-    shapes = FusionState(out.modalities, out.fused)
-    z0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    z0 = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state_of(model, out))
     return Warm(z0, Adjoint.zeros(z0))
+
+
+def state_of(model: nn.Module, out: FusionOutput) -> PyTree:
+    """What a model's fusion has solved for, from its output; None where it solves nothing."""
+    fusion = getattr(model, "fusion", None)
+    return fusion.state(out) if isinstance(fusion, Equilibrium) else None
 
 
 def needed_bytes(model: nn.Module, inputs: PyTree) -> int:
