@@ -3,8 +3,9 @@
 `deq_fixed_point` solves $z^⋆ = f(z^⋆, …)$ for every sample of a batch and differentiates $z^⋆$
 implicitly; `Picard`, `Anderson` and `Broyden` say how it is solved, `Implicit`, `Phantom` and
 `Unrolled` how it is differentiated, `SolveStats` what happened. `DEQFusion` is a flax.linen module
-that fuses features of named modalities by solving for the fixed point of a `FusionCell`; the
-fusions in `deq_fusion_jax.baselines` are called the same way. `deq_fusion_jax.official` reads the
+that fuses features of named modalities by solving for the fixed point of a `FusionCell`, and
+`TokenFusion` one that fuses all their positions; the fusions in `deq_fusion_jax.baselines` and
+`deq_fusion_jax.token_baselines` are called the same way. `deq_fusion_jax.official` reads the
 weights of the paper's own code.
 
 Source: Ni, Bai, Zhang, Yao and Mei, "Deep Equilibrium Multimodal Fusion", arXiv 2306.16645.

@@ -19,15 +19,18 @@ from deq_fusion_jax.tokens import (
     IteratedTokens,
     Lengths,
     PoolTokens,
+    TokenFusion,
     check_heads,
 )
 from deq_fusion_jax.unroll import unroll
 
+__all__ = ["TOKEN_FUSIONS", "CrossAttention", "TokensUnrolled"]
+
 
 class TokensUnrolled(IteratedTokens):
-    r"""The map of `TokenFusion`, applied so many times from zero and differentiated through:
+    r"""The map of `TokenFusion`, applied so many times and differentiated through:
 
-    $$z_{k+1} = f(z_k), \qquad z_0 = 0.$$
+    $$z_{k+1} = f(z_k), \qquad z_0 = x.$$
 
     The parameters are those of `TokenFusion`, so each takes the other's variables, and the call and
     the output are alike; `stats` have the residual of the returned z.
@@ -126,3 +129,7 @@ class Add(nn.Module):
         h = norms[0](z + drop(y))
         mlp = dense(d, 1, dtype, "narrow")(nn.relu(dense(d, 1, dtype, "widen")(h)))
         return norms[1](h + drop(mlp))
+
+
+TOKEN_FUSIONS = (TokenFusion, TokensUnrolled, CrossAttention)
+"""The fusions that take positions, and are told by `lengths` which there are."""

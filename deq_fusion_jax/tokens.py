@@ -168,7 +168,7 @@ class IteratedTokens(Iterated):
         names, hidden = tuple(sorted(inputs)), self.hidden or 2 * d
         cell = TokenCell(names, d, self.heads, hidden, self.branch_scale, dtype, name="cell")
         if z0 is None:
-            z0 = jax.tree.map(jnp.zeros_like, injection.tokens)
+            z0 = injection.tokens
         z, stats, penalty, radius = self.run(cell, z0, injection, adjoint0)
         if penalty is not None:  # a mean over the states; of padding it is 0
             there = injection.there.values()
@@ -203,7 +203,7 @@ class TokenFusion(Equilibrium, IteratedTokens):
     or [B, H, W]; what is beyond may be anything, NaN included, and changes nothing. `mask` tells
     which modalities a sample has, as in `DEQFusion`. Positions have no order but what their
     features tell: add a positional encoding where order counts. `z0` {name: [B, T_i, d]} and
-    `adjoint0` are where the solves start; rngs "dropout", "jacobian" and "radius" as in
+    `adjoint0` are where the solves start, by default at x and at 0; rngs "dropout", "jacobian" and "radius" as in
     `DEQFusion`.
 
     Of the output, `fused` [B, d] is the pooled state (`PoolTokens`), `modalities` {name:

@@ -37,6 +37,7 @@ from experiments.datasets.preprocess import draw_split, folds, moments, scaled
 from experiments.models.encoders import FeatureEncoder, Positions, mix_rows
 from experiments.models.missing import ModalityDropout, presence
 from experiments.models.targets import TARGETS, floors
+from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, FusionChange, build_fusion, require, unchanged
 from experiments.training.devices import log
@@ -138,9 +139,10 @@ class FeaturesModel(nn.Module):
         for name, x in inputs.items():
             if train and self.mixing:
                 x = mix_rows(self.make_rng("dropout"), x, x, self.mixing)
-            options = self.features, self.hidden, self.dropout, self.positions
+            tokens = takes_positions(self.fusion)
+            options = self.features, self.hidden, self.dropout, self.positions, tokens
             encoded[name] = FeatureEncoder(*options, name=f"encode_{name}")(x, train)
-        out = self.fusion(encoded, present, train=train, **start)
+        out = fuse(self.fusion, encoded, present, train=train, **start)
         fused = nn.Dropout(self.head_dropout, deterministic=not train)(out.fused)
         return Prediction(nn.Dense(self.outputs, name="head")(fused), out)
 

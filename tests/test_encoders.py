@@ -317,3 +317,28 @@ class TestFeatureEncoder:
         variables = trained(encoder, x)
         gradient = jax.grad(lambda x: encoder.apply(variables, x, False).sum())(jnp.asarray(x))
         assert (gradient[:, 2:4, 2:4] == 0).all() and (gradient[:, 0, 0] != 0).any()
+
+    @pytest.mark.parametrize("positions", ["ordered", "mean"])
+    @pytest.mark.parametrize(
+        ("shape", "count"), [((7, 3), 7), ((130, 3), 33), ((6, 5, 2), 9), ((2, 2, 2, 3), 8)]
+    )
+    def test_positions_kept_for_a_fusion_of_them(self, positions, shape, count):
+        """A row is the same alone; one that ends early says so, and what it lacks is not read."""
+        encoder = FeatureEncoder(4, 8, 0.3, positions, tokens=True)
+        x = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+        x[1, shape[0] // 2 :] = np.nan
+        variables = trained(encoder, x)
+        tokens, there = encoder.apply(variables, x, False)
+        if positions == "ordered" and len(shape) < 4:
+            assert tokens.shape[1] == count
+        assert there.shape == tokens.shape[:2] and there[0].all() and not there[1].all()
+        for row in range(3):
+            alone = encoder.apply(variables, x[row : row + 1], False)
+            kept = there[row]
+            np.testing.assert_allclose(tokens[row][kept], alone.x[0][kept], rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(kept, alone.there[0])
+
+    def test_a_vector_is_no_position(self):
+        encoder = FeatureEncoder(4, 8, 0.3, tokens=True)
+        x = np.ones((3, 5), np.float32)
+        assert encoder.apply(trained(encoder, x), x, False).shape == (3, 4)

@@ -46,6 +46,7 @@ RNG = np.random.default_rng(0)
 SIGN = {name: RNG.choice([-1.0, 1.0], N) for name in "abc"}
 
 
+SOLVED = ("tokens", "tokens_unrolled")
 BRIEF = ("--fusion", "concat", "--epochs", 12)
 
 
@@ -94,6 +95,24 @@ def test_a_linear_model_far_above_is_said_first(results):
     assert said in out and out.index(said) < out.index("validation  ")
     report = (run_dir / "report.md").read_text(encoding="utf-8")
     assert report.index(said[9:]) < report.index("## Results")
+
+
+@pytest.mark.parametrize(
+    "fusion", ["cross_attention", *(pytest.param(f, marks=pytest.mark.slow) for f in SOLVED)]
+)
+def test_a_fusion_of_positions(results, fusion):
+    """Which of four words names the colour of one of three objects: only together they tell."""
+    colours, named = RNG.integers(0, 2, (N, 3)), RNG.integers(0, 3, N)
+    objects = np.concatenate([np.eye(2)[colours], np.tile(np.eye(3), (N, 1, 1))], axis=2)
+    word = np.repeat(np.eye(3)[named][:, None], 2, axis=1)
+    word[::2, 1] = np.nan  # shorter sentences
+    noisy = objects + 0.1 * RNG.standard_normal(objects.shape)
+    options = "--fusion", fusion, "--positions", "mean", "--epochs", 30, "--mixing", 0
+    labels = colours[np.arange(N), named]
+    got, *_ = results(*options, objects=noisy, word=word, labels=labels)
+    assert got["test"]["accuracy"] > 0.9 > got["floors"]["logistic regression"]["accuracy"]
+    if got["solver"] and fusion == "tokens":
+        assert got["solver"]["converged"] > 0.95
 
 
 def test_several_classes_a_row(results):

@@ -30,7 +30,7 @@ def test_snippets_run():
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) == 4 and len(COMMANDS) >= 15
+    assert len(SNIPPETS) == 5 and len(COMMANDS) >= 15
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.tokens import Tokens
+
 
 class MaxoutMLP(nn.Module):
     """Maxout layers, each with dropout and batch normalisation before it: [N, d] → [N, widths[-1]].
@@ -143,49 +145,60 @@ COARSE = {1: 64, 2: 4}  # by number of axes, so many positions along each are le
 
 
 class FeatureEncoder(nn.Module):
-    """Features of any shape, [N, …, d] → [N, features].
+    """Features of any shape, [N, …, d] → [N, features], or with `tokens` → `Tokens`.
 
     [N, d]: linear → ReLU → dropout → linear. Sequences [N, T, d] and images [N, H, W, d] go through
-    `PositionEncoder`; with `positions="mean"`, and with more axes, through the mean over positions
-    in place of that. A NaN is not known, and counts as 0; a position that is all NaN is not there.
+    `PositionEncoder`; with `positions="mean"`, and with more axes, every position for itself
+    through what [N, d] goes through. What is left of an image is then read position by position, of
+    all else the mean over positions, unless `tokens` keeps them. A NaN is not known, and counts as
+    0; a position that is all NaN is not there.
     """
 
     features: int
     hidden: int
     dropout: float
     positions: Positions = "ordered"
+    tokens: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array | Tokens:
         unknown, axes = jnp.isnan(x), x.ndim - 2
         there = ~jnp.all(unknown, axis=-1, keepdims=True)
         x = jnp.where(unknown, 0, x)
-        if self.positions == "ordered" and axes in COARSE:
-            h = PositionEncoder(-(-self.hidden // 2), self.dropout)(x, there, train)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        ordered = self.positions == "ordered" and axes in COARSE
+        if ordered:
+            h, there = PositionEncoder(-(-self.hidden // 2))(x, there)
         else:
-            h = nn.relu(nn.Dense(self.hidden)(x))
-            h = mean_over_positions(nn.Dropout(self.dropout, deterministic=not train)(h), there)
-        return nn.Dense(self.features)(h)
+            h = drop(nn.relu(nn.Dense(self.hidden)(x)))
+        read = nn.Dense(self.features)
+        if self.tokens and axes:
+            if ordered and axes == 2:
+                h = h + self.param("places", nn.initializers.normal(0.02), h.shape[1:])
+            rows = len(h)
+            h = (drop(h) if ordered else h).reshape(rows, -1, h.shape[-1])
+            return Tokens(read(h), there.reshape(rows, -1))
+        flat = ordered and axes == 2
+        h = h.reshape(len(h), -1) if flat else mean_over_positions(h, there)
+        return read(drop(h) if ordered else h)
 
 
 class PositionEncoder(nn.Module):
-    """Sequences [N, T, d] or images [N, H, W, d] → [N, k], where the order of positions tells.
+    """Sequences [N, T, d] or images [N, H, W, d] → [N, …, channels], where order tells, and which
+    positions of those there are, [N, …, 1].
 
     Two convolutions over three positions (an axis), each with ReLU, or more; of stride 2 while an
-    axis is longer than COARSE. What is left of an image is read position by position, k = h w
-    channels; of a sequence, whose length may differ, the mean over positions, k = channels. A
-    sequence carries sines and cosines of its positions at WAVELENGTHS (Vaswani et al., 2017), or
-    the mean could not tell first from last. Attention did no better on sequences, and took three
-    times as long.
+    axis is longer than COARSE. A sequence carries sines and cosines of its positions at WAVELENGTHS
+    (Vaswani et al., 2017), or a mean could not tell first from last. Attention did no better on
+    sequences, and took three times as long.
 
     `there` [N, …, 1] says which positions there are; the others change nothing.
     """
 
     channels: int
-    dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, there: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
         axes = x.ndim - 2
         if axes == 1:
             x = jnp.concatenate([x, jnp.broadcast_to(waves(x.shape[1]), (*x.shape[:2], 10))], -1)
@@ -195,8 +208,7 @@ class PositionEncoder(nn.Module):
             h = nn.relu(nn.Conv(self.channels, (3,) * axes, stride, padding=1)(h))
             there = nn.max_pool(there, (stride,) * axes, (stride,) * axes, "SAME")
             h, done = jnp.where(there, h, 0), done + 1
-        h = h.reshape(len(h), -1) if axes == 2 else mean_over_positions(h, there)
-        return nn.Dropout(self.dropout, deterministic=not train)(h)
+        return h, there
 
 
 def mean_over_positions(x: jax.Array, there: jax.Array) -> jax.Array:
