@@ -203,8 +203,8 @@ class TokenFusion(Equilibrium, IteratedTokens):
     or [B, H, W]; what is beyond may be anything, NaN included, and changes nothing. `mask` tells
     which modalities a sample has, as in `DEQFusion`. Positions have no order but what their
     features tell: add a positional encoding where order counts. `z0` {name: [B, T_i, d]} and
-    `adjoint0` are where the solves start, by default at x and at 0; rngs "dropout", "jacobian" and "radius" as in
-    `DEQFusion`.
+    `adjoint0` are where the solves start, by default x and 0; rngs "dropout", "jacobian" and
+    "radius" as in `DEQFusion`.
 
     Of the output, `fused` [B, d] is the pooled state (`PoolTokens`), `modalities` {name:
     [B, T_i, d]} the state, 0 where no position is, and `gates` {name: [B, T_i, 1]} the share of a

@@ -172,7 +172,9 @@ def gradient_of(
         rngs["jacobian"] = jacobian
 
     def objective(params: PyTree, adjoint0: Adjoint | None) -> tuple[jax.Array, tuple[Any, ...]]:
-        options: dict[str, Any] = {"z0": start.z0, "adjoint0": adjoint0} if start else {}
+        options: dict[str, Any] = {"adjoint0": adjoint0} if start else {}
+        if start and state.warm is not None:  # else the fusion knows where to start
+            options["z0"] = start.z0
         prediction, changed = task.model.apply(
             {"params": params, "batch_stats": state.variables.batch_stats},
             inputs,
