@@ -165,8 +165,8 @@ def main() -> None:
     text = "Test scores without any option, mean ± standard deviation (ddof = 1) over seeds.\n\n"
     tables = {"untuned.md": text + scores_table(sets, options.fusions) + "\n"}
     if options.tuned:
-        text = "Without any option, mean over seeds, and with the setting that has the best validation "
-        text += "score, of one seed.\n\n"
+        text = "Test scores without any option, mean over seeds, and with the setting that has the "
+        text += "best validation score, one seed.\n\n"
         tables["tuned.md"] = text + tuned_table(sets, options.fusions) + "\n"
     for name, table in tables.items():
         write_text(options.run_dir / name, table)
