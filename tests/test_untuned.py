@@ -96,6 +96,7 @@ def test_a_run(run_command, tmp_path, monkeypatch):
     assert all(row["test"]["accuracy"] > 0.8 for row in found["rows"])
     text = (tmp_path / "found" / "untuned.md").read_text(encoding="utf-8")
     assert "| iris" in text and text in out
+    assert (tmp_path / "found" / "tuned.md").read_text(encoding="utf-8") in out
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
     assert main()[0] == 0  # what is there is taken
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}

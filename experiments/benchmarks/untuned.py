@@ -6,8 +6,8 @@
 
 With --tuned every fusion is also trained with each of TUNED, with the first seed. The one with the
 best validation score is set beside the runs without options: is it better on test by more than one
-standard error? Writes `untuned.json` and `untuned.md` into --run-dir; runs that are there already
-are taken as they are.
+standard error? Writes `untuned.json`, `untuned.md` and `tuned.md` into --run-dir; runs that are
+there already are taken as they are.
 """
 
 import argparse
@@ -163,12 +163,14 @@ def main() -> None:
     sets = [of_set(named, options) for named in options.sets]
     write_json(options.run_dir / "untuned.json", sets)
     text = "Test scores without any option, mean ± standard deviation (ddof = 1) over seeds.\n\n"
-    text += scores_table(sets, options.fusions) + "\n"
+    tables = {"untuned.md": text + scores_table(sets, options.fusions) + "\n"}
     if options.tuned:
-        text += "\nBeside the setting with the best validation score, of one seed.\n\n"
-        text += tuned_table(sets, options.fusions) + "\n"
-    write_text(options.run_dir / "untuned.md", text)
-    print(text)
+        text = "Test scores without any option, mean over seeds, and with the setting that has the "
+        text += "best validation score, one seed.\n\n"
+        tables["tuned.md"] = text + tuned_table(sets, options.fusions) + "\n"
+    for name, table in tables.items():
+        write_text(options.run_dir / name, table)
+        print(table)
 
 
 if __name__ == "__main__":
