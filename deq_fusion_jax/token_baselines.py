@@ -10,7 +10,7 @@ from deq_fusion_jax.cell import as_map
 from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Mask, Modalities
 from deq_fusion_jax.iterated import FusionOutput
-from deq_fusion_jax.layers import dense
+from deq_fusion_jax.layers import dense, layer_norm
 from deq_fusion_jax.state import PyTree
 from deq_fusion_jax.stats import SolveStats
 from deq_fusion_jax.token_cell import Attend, read_others
@@ -125,10 +125,9 @@ class Add(nn.Module):
     def __call__(self, z: jax.Array, y: jax.Array, train: bool) -> jax.Array:
         d, dtype = self.features, self.dtype
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        norms = [nn.LayerNorm(1e-5, use_fast_variance=False, dtype=dtype) for _ in range(2)]
-        h = norms[0](z + drop(y))
+        h = layer_norm(dtype, "norm1")(z + drop(y))
         mlp = dense(d, 1, dtype, "narrow")(nn.relu(dense(d, 1, dtype, "widen")(h)))
-        return norms[1](h + drop(mlp))
+        return layer_norm(dtype, "norm2")(h + drop(mlp))
 
 
 TOKEN_FUSIONS = (TokenFusion, TokensUnrolled, CrossAttention)

@@ -107,7 +107,8 @@ def test_a_fusion_of_positions(results, fusion):
     word = np.repeat(np.eye(3)[named][:, None], 2, axis=1)
     word[::2, 1] = np.nan  # shorter sentences
     noisy = objects + 0.1 * RNG.standard_normal(objects.shape)
-    options = "--fusion", fusion, "--positions", "mean", "--epochs", 30, "--mixing", 0
+    small = "--features", 16, "--hidden", 16, "--epochs", 20, "--learning-rate", 1e-2
+    options = "--fusion", fusion, "--positions", "mean", "--mixing", 0, *small
     labels = colours[np.arange(N), named]
     got, *_ = results(*options, objects=noisy, word=word, labels=labels)
     assert got["test"]["accuracy"] > 0.9 > got["floors"]["logistic regression"]["accuracy"]
