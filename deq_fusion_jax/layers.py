@@ -42,7 +42,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        grouped = wide.reshape(*x.shape[:-1], self.groups, -1)
+        grouped = wide.reshape(*x.shape[:-1], self.groups, channels // self.groups)
         over = (*(range(1, x.ndim - 1) if self.positions else ()), x.ndim)
         centred = grouped - jnp.mean(grouped, over, keepdims=True)
         variance = jnp.mean(centred * centred, over, keepdims=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.injection import Modalities
-from deq_fusion_jax.layers import dense
+from deq_fusion_jax.layers import dense, layer_norm
 
 
 class TokenInjection(NamedTuple):
@@ -95,9 +95,7 @@ class TokenCell(nn.Module):
         self.others = {name: Attend(d, self.heads, scale, dtype) for name in names}
         self.widen = {name: dense(self.hidden, 1, dtype) for name in names}
         self.narrow = {name: dense(d, scale, dtype) for name in names}
-        self.norm = {
-            name: nn.LayerNorm(1e-5, use_fast_variance=False, dtype=dtype) for name in names
-        }
+        self.norm = {name: layer_norm(dtype) for name in names}
 
     def __call__(self, z: Modalities, injection: TokenInjection) -> Modalities:
         dropout = injection.dropout or {}
