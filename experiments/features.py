@@ -224,9 +224,9 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
     for line in what_was_found(table, dataset):
         log(line)
     rows = int(np.sum(split < 2))
-    columns = sum(x[0].size for x in table.modalities.values())
     given = validation_is_given(table), config.epochs, config.batch_size, config.patience
-    settings, regularised = settings_for(rows, *given), regularisation_for(rows, columns, config)
+    settings = settings_for(rows, *given)
+    regularised = regularisation_for(rows, table.columns, config)
     rate = modality_dropout(config, dataset)
     target = TARGETS[table.kind](dataset)
     task = Task(

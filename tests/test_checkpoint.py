@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import shutil
 
 import jax
@@ -123,6 +124,12 @@ def test_any_flipped_byte_is_detected_and_the_older_step_used(two_steps):
     assert two_steps.restore(template)[0] == 2
 
 
+def spoil_the_metadata(directory):
+    """JSON still, and of a wrong type: what one flipped byte of a number can come to."""
+    path = directory / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(re.sub(r"(init_timestamp_nsecs\": \d{9})\d", r"\1.", path.read_text()))
+
+
 def cut_short(directory):
     path = max((directory / "2").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     path.write_bytes(path.read_bytes()[:-1])
@@ -144,7 +151,14 @@ def lose_the_checksums(directory):
     (directory / "2.sha256").unlink()
 
 
-DAMAGES = [cut_short, add_a_file, lose_a_file, lose_the_step, lose_the_checksums]
+DAMAGES = [
+    spoil_the_metadata,
+    cut_short,
+    add_a_file,
+    lose_a_file,
+    lose_the_step,
+    lose_the_checksums,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -200,7 +214,7 @@ def test_a_crash_while_steps_are_replaced_loses_none(tmp_path, monkeypatch, at, 
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.float32(step)}, {})
     owner = {
-        "save": "orbax.checkpoint.CheckpointManager",
+        "save": "orbax.checkpoint.Checkpointer",
         "write_text": "experiments.training.checkpoint",
         "fsync": "experiments.common.files.os",
         "_clear": "experiments.training.checkpoint.Checkpoints",

@@ -70,6 +70,11 @@ class Table(NamedTuple):
     known: Mapping[str, Known] = {}
     notes: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> int:
+        """Features of a row, over all modalities and positions."""
+        return sum(x[0].size for x in self.modalities.values())
+
 
 class Recipe(NamedTuple):
     """How rows of a file become inputs: what a model has to remember of its training rows.

@@ -28,11 +28,10 @@ def what_was_found(table: Table, dataset: Dataset) -> Iterator[str]:
     yield from _labels_found(table, dataset)
     notes = [*table.notes, *_parted_groups(table), *missing_elsewhere(dataset)]
     yield from map(note, notes)
-    columns = sum(x[0].size for x in table.modalities.values())
-    if columns > 10 * len(dataset.train.labels):
+    if table.columns > 10 * len(dataset.train.labels):
         yield note(
-            f"{columns:,} features of {len(dataset.train.labels):,} training rows are easily "
-            "learned by heart; fewer features, or a larger --dropout, may help"
+            f"{table.columns:,} features of {len(dataset.train.labels):,} training rows are easily "
+            "learned by heart; fewer features, or a larger --head-dropout, may help"
         )
 
 

@@ -2,12 +2,14 @@
 
 ```
 checkpoints/
-  40/  60/                     one directory a step, written by orbax.checkpoint.CheckpointManager
+  40/  60/                     one directory a step, written by orbax.checkpoint.Checkpointer
   40.sha256  60.sha256         checksum of every file of the step; `sha256sum -c 60.sha256` agrees
 ```
 
 Why the seal: Orbax restores a file with one flipped byte without a word. A step counts only when
-every byte is as it was saved; a damaged step is logged and the next older whole one is taken.
+every byte is as it was saved; a damaged step is logged and the next older whole one is taken. Nor
+is a damaged step ever read, which is why this is no CheckpointManager: that reads all steps' own
+metadata, and one flipped byte of them would keep it from any other.
 
 A run keeps two of these: `checkpoints/` (the newest steps, to go on from) and `best/` (`keep=1`,
 the best by validation, to evaluate). They are independent, so neither can push the other out.
@@ -92,10 +94,12 @@ class Checkpoints:
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
         try:
-            if is_first() and not self._seal(step).exists():
-                write_text(self._seal(step), UNSEALED)
-            with _quiet(), self._manager(cleanup_tmp_directories=True) as manager:
-                manager.save(step, args=items, force=True)
+            if is_first():
+                self._drop_partial()
+                if not self._seal(step).exists():
+                    write_text(self._seal(step), UNSEALED)
+            with _quiet(), _checkpointer() as orbax:
+                orbax.save(self.directory / str(step), args=items)
             if is_first():
                 write_text(self._seal(step), self._checksums(step))
         except (OSError, ValueError) as error:
@@ -109,8 +113,7 @@ class Checkpoints:
 
     def _give_up(self, step: int, error: Exception) -> None:
         """Clears away what a full disk has left of a step."""
-        for partial in self.directory.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(partial, ignore_errors=True)
+        self._drop_partial()
         if self._aside(step).exists():
             self._put_back(step)
         else:
@@ -147,14 +150,15 @@ class Checkpoints:
 
     def _read(self, step: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         leaves = _named_leaves(template)
-        with self._manager() as manager:
+        where = self.directory / str(step)
+        with _checkpointer() as orbax:
             args = ocp.args.Composite(about=ocp.args.JsonRestore())
-            about = manager.restore(step, args=args).about
+            about = orbax.restore(where, args=args).about
             self._check_fit(step, about["leaves"], {n: _form(leaf) for n, leaf in leaves.items()})
             arrays = {n: _array(leaf) for n, leaf in leaves.items() if np.size(leaf)}
             blank = {n: np.empty(a.shape, a.dtype) for n, a in arrays.items()}  # asks for NumPy
             args = ocp.args.Composite(state=ocp.args.StandardRestore(blank))
-            arrays = manager.restore(step, args=args).state
+            arrays = orbax.restore(where, args=args).state
         values = [_like(leaf, arrays[n]) if n in arrays else leaf for n, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(template), values), about["metadata"]
 
@@ -227,16 +231,18 @@ class Checkpoints:
                 (self.directory / str(step)).rename(self.directory / f"{step}.removed")
             shutil.rmtree(self.directory / f"{step}.removed", ignore_errors=True)
 
-    def _manager(self, cleanup_tmp_directories: bool = False) -> ocp.CheckpointManager:
-        # Synchronous, because a step is sealed only once all of it is on disk; and without
-        # max_to_keep, which would drop the older step before the newer is sealed.
-        options = ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, cleanup_tmp_directories=cleanup_tmp_directories
-        )
-        return ocp.CheckpointManager(self.directory, options=options)
+    def _drop_partial(self) -> None:
+        """Removes what saves that were killed have left."""
+        for partial in self.directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def __str__(self) -> str:
         return str(self.directory)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Synchronous, because a step is sealed only once all of it is on disk."""
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 @contextlib.contextmanager

@@ -89,7 +89,8 @@ def regularisation_for(rows: int, columns: int, given: Any = None) -> Regularisa
 
     Where rows are few, others mixed into them regularise, the more where every row is far from the
     others; of few features that would wipe out what tells two classes apart. Dropout in front of
-    the fusion harms DEQ fusion: under group normalisation a sample looks another without it.
+    the fusion harms DEQ fusion: under group normalisation a sample looks another without it than
+    with it.
     """
     ruled = Regularisation(0.0, 0.3, 0.0, 0.0)
     if rows < FEW:

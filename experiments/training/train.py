@@ -209,9 +209,9 @@ class Training:
         """What the evaluation of the state adds to the history."""
         learned = self.state.learned
         row = row_of(evaluate(self.task, learned, self.validation), self.means())
-        return row | (
-            {"test": evaluate(self.task, learned, self.test).metrics} if self.test else {}
-        )
+        if self.test:
+            row["test"] = evaluate(self.task, learned, self.test).metrics
+        return row
 
     def _is_chosen(self) -> bool:
         """Whether the newest epoch is `keep`, or without `keep` better than the best one before."""
