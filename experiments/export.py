@@ -29,7 +29,7 @@ from experiments.common.files import read_json, versions
 from experiments.datasets.features import Recipe
 from experiments.run import EXPERIMENTS, Job, experiment
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import saved_config
+from experiments.training.run_directory import saved_config
 from experiments.training.step import init_state
 from experiments.training.task import Variables, evaluate
 

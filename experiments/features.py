@@ -11,7 +11,6 @@ sees the order of positions → the fusion, and a linear layer on top. Beside th
 prediction that looks at nothing and a linear model of the same rows.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 import tyro
 
 from deq_fusion_jax.baselines import FUSIONS
@@ -39,10 +37,18 @@ from experiments.models.missing import ModalityDropout, presence
 from experiments.models.targets import TARGETS, floors
 from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
-from experiments.training.config import CommonConfig, FusionChange, build_fusion, require, unchanged
+from experiments.training.config import (
+    CommonConfig,
+    FusionChange,
+    build_fusion,
+    require,
+    shallow_of,
+    unchanged,
+)
 from experiments.training.devices import log
 from experiments.training.folds import Folds
 from experiments.training.metrics import Results
+from experiments.training.recipe import adamw
 from experiments.training.settings import Settings, regularisation_for, settings_for
 from experiments.training.task import Prediction, Task
 
@@ -86,6 +92,7 @@ class Config(CommonConfig):
     mixing: float | None = None
     dropout: float | None = None  # type: ignore[assignment]
     head_dropout: float | None = None
+    clip: float = 1.0
     average: float | None = None  # type: ignore[assignment]
     modality_dropout: float | None = None
     data_sha256: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
@@ -208,14 +215,6 @@ def modality_dropout(config: Config, dataset: Dataset) -> float:
     return ABSENT if list(missing_elsewhere(dataset)) else 0.0
 
 
-@functools.cache
-def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW of gradients clipped to norm 1; one object for equal rates, so that seeds share a
-    compiled step."""
-    adamw = optax.adamw(learning_rate, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
-
-
 def job(config: Config, change: FusionChange = unchanged) -> Job:
     """The data and what is to be learned from them, with a changed fusion."""
     table = load(config)
@@ -245,13 +244,14 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         monitor=target.monitor,
         jacobian_weight=config.jacobian_weight,
         average=regularised.average,
+        recipe=config.recipe,
     )
     return Job(
         "features",
         dataset,
         task,
-        optimiser(config.learning_rate, config.weight_decay),
-        settings.schedule,
+        adamw(config.learning_rate, config.weight_decay, config.clip),
+        settings.schedule._replace(shallow=shallow_of(config)),
         drawn_folds(table, split, settings, config.seed),
         partial(floors, dataset, target),
         [

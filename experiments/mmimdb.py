@@ -28,8 +28,9 @@ from experiments.datasets import Dataset, mmimdb
 from experiments.datasets.text import tokenised
 from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.run import Job, execute
-from experiments.training.config import PublishedConfig, build_fusion, require
+from experiments.training.config import PublishedConfig, build_fusion, require, shallow_of
 from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
+from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, sigmoid
 
@@ -49,7 +50,6 @@ class Config(PublishedConfig):
       dropout: rate in the encoders.
       batch_size: rows a step.
       learning_rate: of AdamW.
-      fusion_rate: the fusion's learning rate over learning_rate.
       weight_decay: of AdamW.
       patience: epochs without a better validation macro-F1 before training stops.
       vocabulary: words of the raw plots that are told apart.
@@ -74,8 +74,6 @@ class Config(PublishedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rate = self.fusion_rate
-        require(0 <= rate < float("inf"), "fusion_rate", rate, "0 or more")
         for name in ("batch_size", "plot_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(min(self.hidden) >= 1, "hidden", self.hidden, "1 or more")
@@ -146,23 +144,6 @@ def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
     return dataset, encoders
 
 
-def optimiser(config: Config) -> optax.GradientTransformation:
-    """AdamW; the fusion's own parameters at `fusion_rate` times the learning rate."""
-
-    def adamw(rate: float) -> optax.GradientTransformation:
-        return optax.adamw(rate, weight_decay=config.weight_decay)
-
-    def group(params: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: jax.tree.map(lambda _, name=name: "fusion" if name == "fusion" else "rest", part)
-            for name, part in params.items()
-        }
-
-    rate = config.learning_rate
-    steps = {"fusion": adamw(rate * config.fusion_rate), "rest": adamw(rate)}
-    return optax.multi_transform(steps, group)
-
-
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
     fusion = build_fusion(config, modalities(config))
@@ -175,12 +156,15 @@ def job(config: Config) -> Job:
         monitor="macro_f1",
         jacobian_weight=config.jacobian_weight,
         average=config.average,
+        recipe=config.recipe,
     )
     labels = dataset.stream.labels() if dataset.stream else dataset.train.labels
     floor = frequent_labels_floor(labels, dataset.test.labels)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
+    shallow = shallow_of(config)
+    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     floors = {"always the frequent genres": floor}
-    return Job("mmimdb", dataset, task, optimiser(config), schedule, floors=lambda _: (floors, ()))
+    return Job("mmimdb", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

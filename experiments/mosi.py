@@ -16,7 +16,6 @@ audio 0, video .8), over three seeds. README has what came of it in the test par
 make up for unseen rows.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
@@ -43,8 +41,9 @@ from experiments.models.mosi import (
     scores,
 )
 from experiments.run import Job, execute
-from experiments.training.config import PublishedConfig, build_fusion, require
+from experiments.training.config import PublishedConfig, build_fusion, require, shallow_of
 from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
+from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
 from experiments.training.task import Task, softmax
 
@@ -150,6 +149,7 @@ def utterances(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
         monitor="auc",
         jacobian_weight=config.jacobian_weight,
         average=config.average,
+        recipe=config.recipe,
     )
     return dataset, task, linear_models(train, test, config.context)
 
@@ -209,6 +209,7 @@ def aligned(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
         monitor="pearson",
         jacobian_weight=config.jacobian_weight,
         average=config.average,
+        recipe=config.recipe,
     )
     labels = dataset.test.labels
     mean = np.full_like(labels, dataset.train.labels.mean())
@@ -219,17 +220,12 @@ def aligned(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
 # --- the job -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW, one object for equal rates, so that seeds share a compiled step."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
-
-
 def job(config: Config) -> Job:
     dataset, task, floors = (utterances if config.form == "utterances" else aligned)(config)
-    adamw = optimiser(config.learning_rate, config.weight_decay)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience)
-    return Job("mosi", dataset, task, adamw, schedule, floors=lambda _: (floors, ()))
+    optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
+    shallow = shallow_of(config)
+    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    return Job("mosi", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

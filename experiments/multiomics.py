@@ -20,7 +20,6 @@ the mean of ten looks; the weights that are looked at are averaged; and what is 
 once more, to that epoch, on the validation rows too.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,9 +43,11 @@ from experiments.training.config import (
     PublishedConfig,
     build_fusion,
     require,
+    shallow_of,
     unchanged,
 )
 from experiments.training.metrics import Results, classification_metrics
+from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, softmax
 
@@ -84,6 +85,7 @@ class Config(PublishedConfig):
     detach: bool = True
     learning_rate: float = 2e-3
     weight_decay: float = 1.0
+    clip: float = 30.0
     jacobian_weight: float = 1.0
     modality_dropout: float = 0.0
     validation: float = 0.2
@@ -184,17 +186,9 @@ def read(config: Config) -> Dataset:
     return multiomics.load(config.dataset, config.data_dir, config.cache_dir, config.download)
 
 
-@functools.cache
-def optimiser(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW on the kernels, one object for equal rates, so that seeds share a compiled step."""
-
-    def kernels(params: Any) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(30.0),
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=kernels),
-    )
+def kernels(params: Any) -> Any:
+    """Which parameters decay."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def job(config: Config, change: FusionChange = unchanged) -> Job:
@@ -222,6 +216,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         monitor="auc" if classes == 2 else "macro_f1",
         jacobian_weight=config.jacobian_weight,
         average=config.average,
+        recipe=config.recipe,
     )
     assert dataset.validation is not None
     rows = len(dataset.train.labels) + len(dataset.validation.labels)  # all, in a refit too
@@ -231,11 +226,12 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         config.evaluate_every,
         config.patience,
         config.smooth,
+        shallow_of(config),
     )
     linear = logistic_regression(source.train, source.test, classes).predictions
     floors = {"logistic regression": classification_metrics(source.test.labels, linear)}
-    adamw = optimiser(config.learning_rate, config.weight_decay)
-    return Job("multiomics", dataset, task, adamw, schedule, floors=lambda _: (floors, ()))
+    optimiser = adamw(config.learning_rate, config.weight_decay, config.clip, kernels)
+    return Job("multiomics", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
 
 
 def run(config: Config) -> Results:

@@ -11,7 +11,7 @@ from experiments.common.errors import InputError
 from experiments.datasets.features import read, strata
 from experiments.datasets.found import what_was_found
 from experiments.datasets.preprocess import draw_split
-from experiments.training.config import (
+from experiments.training.run_directory import (
     begin_run,
     check_same_run,
     command_line,

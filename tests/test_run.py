@@ -23,16 +23,10 @@ from experiments.common.errors import InputError
 from experiments.common.lock import folder_alone
 from experiments.datasets import Dataset, Split
 from experiments.run import Job, execute
-from experiments.training.config import (
-    CommonConfig,
-    PublishedConfig,
-    begin_run,
-    build_fusion,
-    command_line,
-    opened_run,
-)
+from experiments.training.config import CommonConfig, PublishedConfig, build_fusion
 from experiments.training.folds import select
 from experiments.training.metrics import Results, multiclass_metrics
+from experiments.training.run_directory import begin_run, command_line, opened_run
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, evaluate
 from experiments.training.train import fit, refit

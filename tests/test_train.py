@@ -14,19 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.core import FrozenDict
 from identical import bits, timeless
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, Implicit, Picard
 from deq_fusion_jax.baselines import Sum
-from experiments import mmimdb
 from experiments.common.errors import InputError
 from experiments.common.stopping import StoppedError
 from experiments.datasets import Dataset, Split
 from experiments.models.encoders import MaxoutMLP
 from experiments.run import with_warm_starts
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import build_fusion
 from experiments.training.feed import run_epochs
 from experiments.training.schedule import Schedule
 from experiments.training.step import TrainState, init_state, train_step
@@ -530,30 +527,3 @@ class TestStep:
             assert float(seen["loss"]) == -3  # without the penalty, which has its own entry
             assert (float(seen["jacobian_penalty"]) == 9) if gamma else (len(seen) == 3)
             assert int(after.step) == 1 and bits(after.key) == bits(state.key)
-
-    @pytest.mark.parametrize("fusion_rate", [0.1, 1.0])
-    def test_the_fusion_alone_learns_at_its_own_rate(self, fusion_rate):
-        """AdamW's first step is -rate (g / (|g| + 1e-8) + weight_decay p), on the real tree."""
-        config = mmimdb.Config(features=8, fusion_rate=fusion_rate, weight_decay=0.3)
-        config = dataclasses.replace(config, learning_rate=0.02)
-        encoders = {name: MaxoutMLP((8,)) for name in ("text", "image")}
-        model = mmimdb.MMIMDBModel(FrozenDict(encoders), build_fusion(config, ("text", "image")))
-        inputs = {"text": np.ones((2, 3), np.float32), "image": np.ones((2, 5), np.float32)}
-        shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-        rng = np.random.default_rng(0)
-
-        def draw(x):
-            return np.asarray(rng.standard_normal(x.shape), np.float32)
-
-        params, grads = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
-        optimiser = mmimdb.optimiser(config)
-        updates, _ = optimiser.update(grads, optimiser.init(params), params)
-        groups = {"encoders_text", "encoders_image", "fusion", "head"}
-        assert set(updates) == groups and set(updates["fusion"]) == {"cell", "inject"}
-        for name in groups:
-            rate = 0.02 * (fusion_rate if name == "fusion" else 1)
-            for g, p, u in zip(
-                *map(jax.tree.leaves, (grads[name], params[name], updates[name])), strict=True
-            ):
-                expected = -rate * (g / (np.abs(g) + 1e-8) + 0.3 * p)
-                np.testing.assert_allclose(u, expected, rtol=1e-4, atol=1e-7, err_msg=name)

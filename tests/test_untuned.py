@@ -12,7 +12,7 @@ from experiments.benchmarks import untuned
 from experiments.benchmarks.views import COLUMNS, files_of
 from experiments.common.errors import InputError
 from experiments.datasets.features import read
-from experiments.training.config import begin_run
+from experiments.training.run_directory import begin_run
 
 
 @pytest.mark.parametrize("name", COLUMNS)

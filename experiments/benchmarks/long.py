@@ -29,7 +29,8 @@ from experiments.common.files import versions, write_json, write_text
 from experiments.common.memory import in_use, memory
 from experiments.common.text import markdown_table, number
 from experiments.run import experiment, train
-from experiments.training.config import begin_run, opened_run, require
+from experiments.training.config import require
+from experiments.training.run_directory import begin_run, opened_run
 
 PARTS = 10  # of the run, which are compared
 COMPILED = "/jax/core/compile/backend_compile_duration"

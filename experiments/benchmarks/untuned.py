@@ -27,8 +27,8 @@ from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import experiment
-from experiments.training.config import finished
 from experiments.training.metrics import Results
+from experiments.training.run_directory import finished
 
 MONITORS = ("macro_f1", "r2")  # what selects the epoch
 METRICS = ("accuracy", "micro_f1", "r2")  # the first that a set has

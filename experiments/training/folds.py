@@ -83,9 +83,9 @@ class Folding(Training):
 
     held_out: Sequence[np.ndarray] = ()
 
-    def row(self) -> dict[str, Any]:
+    def row(self, task: Task) -> dict[str, Any]:
         learned, rows = self.state.learned, self.validation
-        return row_of(evaluate_folds(self.task, learned, rows, self.held_out), self.means())
+        return row_of(evaluate_folds(task, learned, rows, self.held_out), self.means())
 
 
 def _equally_many(rows: Sequence[np.ndarray], seed: int) -> np.ndarray:

@@ -17,6 +17,8 @@ class Schedule(NamedTuple):
       evaluate_every: epochs between two evaluations on the validation split.
       patience: evaluations without a gain after which training stops; None: never.
       smooth: an epoch is selected by the mean score of so many evaluations, its own the last.
+      shallow: epochs at the beginning without a solve (`experiments.training.recipe`), of which
+        none is selected.
       bad_steps: bad steps in a row (see `experiments.training.step`) after which training stops;
         looked at when evaluating.
     """
@@ -26,19 +28,29 @@ class Schedule(NamedTuple):
     evaluate_every: int = 1
     patience: int | None = None
     smooth: int = 1
+    shallow: int = 0
     bad_steps: int = 100
 
+    def is_shallow(self, epoch: int) -> bool:
+        """Whether no solve has led to that epoch."""
+        return self.shallow > 0 and epoch <= self.shallow
+
     def next_epoch(self, history: History) -> int:
-        """The next one to be evaluated."""
-        return min(history[-1]["epoch"] + self.evaluate_every, self.epochs)
+        """The next one to be evaluated; the last one without a solve is among them."""
+        epoch = history[-1]["epoch"]
+        end = self.shallow if epoch < self.shallow else self.epochs
+        return min(epoch + self.evaluate_every, end, self.epochs)
 
     def best_epoch(self, history: History, monitor: str) -> int:
         """The first epoch with the best validation score; of equal scores, or where none is
         defined, with the smallest validation loss.
 
-        Epoch 0, the untrained weights, only while there is no other.
+        Epoch 0, the untrained weights, and those without a solve only while there is no other.
         """
-        ends = range(min(1, len(history) - 1), len(history))
+        before = sum(row["epoch"] <= self.shallow for row in history)
+        if before == len(history):
+            return history[-1]["epoch"]
+        ends = range(before, len(history))
         best = max(ends, key=lambda end: self._standing(history[: end + 1], monitor))
         return history[best]["epoch"]
 
@@ -57,7 +69,7 @@ class Schedule(NamedTuple):
             return f"all {self.epochs} epochs are done"
         if bad >= self.bad_steps:
             return f"the last {bad} steps were bad: no finite gradient, or inputs out of all range"
-        since = sum(row["epoch"] > best_epoch for row in history)
+        since = sum(row["epoch"] > max(best_epoch, self.shallow) for row in history)
         if self.patience is not None and since >= self.patience:
             return f"no gain on validation since epoch {best_epoch}, {since} evaluations ago"
         return None

@@ -112,14 +112,14 @@ def train_step(
     def unless_bad(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
 
-    variables, optimiser_state = updated(optimiser, state, gradient)
+    variables, optimiser_state = updated(task, optimiser, state, gradient)
     variables = unless_bad(variables, state.variables)
     average = state.average
     if average is not None:
         mean = optax.incremental_update(variables.params, average, 1 - task.average)
         average = unless_bad(mean, average)
     warm = state.warm
-    if warm is not None and rows is not None:
+    if warm is not None and start is not None and rows is not None:
         warm = put_rows(warm, rows, unless_bad(gradient.ends, start))
     after = TrainState(
         variables,
@@ -154,12 +154,12 @@ def solver_start(
     task: Task, state: TrainState, inputs: PyTree, rows: jax.Array | None
 ) -> Warm | None:
     """Where the solves of a batch start; None where the model solves no adjoint."""
+    if not solves_adjoint(task.model):
+        return None
     if state.warm is not None:
         assert rows is not None, "warm starts are kept by row"
         return shard(rows_of(state.warm, rows))
-    if solves_adjoint(task.model):
-        return cold_start(task.model, state.variables._asdict(), inputs)
-    return None
+    return cold_start(task.model, state.variables._asdict(), inputs)
 
 
 def gradient_of(
@@ -170,12 +170,14 @@ def gradient_of(
     rngs = {"dropout": dropout}
     if task.jacobian_weight:
         rngs["jacobian"] = jacobian
+    model = task.recipe.loosened(task.model, state.step)
+    weight = task.recipe.jacobian_weight(task.jacobian_weight, state.step)
 
     def objective(params: PyTree, adjoint0: Adjoint | None) -> tuple[jax.Array, tuple[Any, ...]]:
         options: dict[str, Any] = {"adjoint0": adjoint0} if start else {}
         if start and state.warm is not None:  # else the fusion knows where to start
             options["z0"] = start.z0
-        prediction, changed = task.model.apply(
+        prediction, changed = model.apply(
             {"params": params, "batch_stats": state.variables.batch_stats},
             inputs,
             train=True,
@@ -188,7 +190,7 @@ def gradient_of(
         seen = {"loss": loss, **solver_means(fusion.stats)}
         if fusion.jacobian_penalty is not None:
             seen["jacobian_penalty"] = fusion.jacobian_penalty
-            loss = loss + task.jacobian_weight * fusion.jacobian_penalty
+            loss = loss + weight * fusion.jacobian_penalty
         rest = state_of(task.model, fusion)
         return loss, (changed.get("batch_stats", {}), seen, rest)
 
@@ -215,9 +217,12 @@ def judge(state: TrainState, inputs: PyTree, seen: Seen) -> tuple[jax.Array, dic
 
 
 def updated(
-    optimiser: optax.GradientTransformation, state: TrainState, gradient: Gradient
+    task: Task, optimiser: optax.GradientTransformation, state: TrainState, gradient: Gradient
 ) -> tuple[Variables, PyTree]:
     """Variables and optimiser state after the optimiser's step, be it good or bad."""
     params = state.variables.params
     updates, optimiser_state = optimiser.update(gradient.params, state.optimiser, params)
+    if "fusion" in params:
+        rate = task.recipe.rate(state.step)
+        updates = {**updates, "fusion": optax.tree.scale(rate, updates["fusion"])}
     return Variables(optax.apply_updates(params, updates), gradient.batch_stats), optimiser_state

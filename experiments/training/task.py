@@ -13,6 +13,7 @@ import numpy as np
 from deq_fusion_jax import FusionOutput, SolveStats
 from experiments.datasets import Split
 from experiments.training.devices import device_count, replicate, shard
+from experiments.training.recipe import Recipe
 
 PyTree = Any
 Metrics = dict[str, float]
@@ -54,6 +55,7 @@ class Task:
       average: decay δ of the running mean of the weights, ā ← δ ā + (1 - δ) a after every step,
         which is what is evaluated; 0: the weights themselves are.
       warm_start: start the solves of a row from its last ones; see `experiments.training.warm`.
+      recipe: how a fusion with a solver is trained.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Task:
     jacobian_weight: float = 0.0
     average: float = 0.0
     warm_start: bool = False
+    recipe: Recipe = Recipe()
 
 
 def softmax(logits: jax.Array) -> jax.Array:
@@ -161,6 +164,9 @@ def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Arr
     learned = prediction._replace(fusion=fusion._replace(stats=None))
     one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
     return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
+
+
+SOLVER_MEANS = ("converged", "mean_steps", "max_steps", "residual")
 
 
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:

@@ -1,8 +1,8 @@
 """`fit`: train until the schedule says stop, and keep what does best on validation."""
 
-import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,14 @@ from experiments.training.devices import any_process, put, share_of
 from experiments.training.feed import Feed, feed
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
-from experiments.training.task import Evaluation, Task, Variables, evaluate, solver_means
+from experiments.training.task import (
+    SOLVER_MEANS,
+    Evaluation,
+    Task,
+    Variables,
+    evaluate,
+    solver_means,
+)
 
 PyTree = Any
 Progress = Callable[[float, Callable[[], dict[str, float]]], None]
@@ -125,7 +132,8 @@ def train_to_next_evaluation(
     began = time.monotonic() - training.seconds
     epoch = training.schedule.next_epoch(training.history)
     first, end = training.step, epoch * batches
-    steps = rows.steps(training.task, optimiser, training.state, batch_size, first, end)
+    task = training.task_of(epoch, batches)
+    steps = rows.steps(task, optimiser, training.state, batch_size, first, end)
     for step, state, seen in steps:
         training.step, training.state = step, state
         training.sums = _added(training.sums, seen)
@@ -140,7 +148,7 @@ def train_to_next_evaluation(
     training.evaluate(epoch, began)
 
 
-@dataclasses.dataclass
+@dataclass
 class Training:
     """A training under way: all that a checkpoint holds, and what is done between two epochs.
 
@@ -162,8 +170,8 @@ class Training:
     state: TrainState
     best: Variables
     best_epoch: int = 0
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    sums: Seen = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    sums: Seen = field(default_factory=dict)
     seconds: float = 0.0
     step: int = 0
 
@@ -191,26 +199,38 @@ class Training:
         due, stopped = any_process(bool(self.checkpoints and self.checkpoints.due()), stop())
         return due or stopped, stopped
 
+    def task_of(self, epoch: int, batches: int = 0) -> Task:
+        """What is trained up to an epoch of so many batches, and evaluated there: one without a
+        solve in the first ones."""
+        task = self.task
+        if not self.schedule.is_shallow(epoch):
+            begin = self.schedule.shallow * batches
+            return replace(task, recipe=task.recipe._replace(begin=begin))
+        recipe = task.recipe._replace(warmup=0)
+        return replace(task, recipe=recipe, model=recipe.shallow(task.model))
+
     def evaluate(self, epoch: int, began: float | None = None) -> None:
         """Adds a row to the history, and keeps the variables if they are the ones to keep.
 
         `began` is when training went on from the last row, by the monotonic clock.
         """
-        row = self.row()
+        row = self.row(self.task_of(epoch))
         seconds = 0.0
         if began is not None:
             seconds = self.history[-1]["seconds"] + time.monotonic() - began
+        if self.schedule.is_shallow(epoch):
+            row["solver"] = None
         self.history.append({"epoch": epoch} | row | {"seconds": seconds})
         self.sums, self.seconds = {}, 0.0
         if self._is_chosen():
             self.best, self.best_epoch = copied(self.state.learned), epoch
 
-    def row(self) -> dict[str, Any]:
+    def row(self, task: Task) -> dict[str, Any]:
         """What the evaluation of the state adds to the history."""
         learned = self.state.learned
-        row = row_of(evaluate(self.task, learned, self.validation), self.means())
+        row = row_of(evaluate(task, learned, self.validation), self.means())
         if self.test:
-            row["test"] = evaluate(self.task, learned, self.test).metrics
+            row["test"] = evaluate(task, learned, self.test).metrics
         return row
 
     def _is_chosen(self) -> bool:
@@ -223,7 +243,10 @@ class Training:
 
     def means(self) -> dict[str, float]:
         """Of what the steps saw since the last row."""
-        return _means(self.sums)
+        means = _means(self.sums)
+        if self.history and self.history[-1]["epoch"] < self.schedule.shallow:
+            return {name: x for name, x in means.items() if name not in SOLVER_MEANS}
+        return means
 
     def ending(self) -> str | None:
         """Why training is over; None where it is not."""
