@@ -92,6 +92,7 @@ class TestQuickRun:
             assert row["ratio"] == pytest.approx(np.median(ratios))
 
 
+@pytest.mark.slow
 def test_unrolling_takes_as_many_steps_as_it_needs():
     problem = make_problem((4, 32, 3), 0)
     tol = 1e-2
@@ -188,6 +189,7 @@ class TestTraining:
 
 
 class TestProfile:
+    @pytest.mark.slow
     def test_every_program_takes_its_steps(self):
         problem = make_problem((4, 32, 2), 0)
         z = {program.name: program.step() for program in programs(problem)}

@@ -83,6 +83,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_predicts_what_was_tested(trained, tmp_path):
     run_dir, data, labels = trained["deq"]
     program = f"""

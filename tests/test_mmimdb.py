@@ -190,6 +190,7 @@ class TestRaw:
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_data_the_sample_is_used_and_called_synthetic(tmp_path):
     """As its user meets it: a process of its own, and the defaults but for the size."""
     done = subprocess.run(

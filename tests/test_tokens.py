@@ -249,6 +249,7 @@ def test_the_norm_has_its_gradient_for_several_cotangents_at_once(probes):
     close(products(jnp.asarray(x, jnp.float32), jnp.asarray(v, jnp.float32)), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_jacobian_penalty_does_not_see_padding():
     """Half the positions are padding: the mean over states would be half as large."""
     inputs = inputs_of(batch=200)
@@ -263,6 +264,7 @@ def test_the_jacobian_penalty_does_not_see_padding():
 
 
 class TestThatItFuses:
+    @pytest.mark.slow
     def test_gates_and_coupling_are_zero_where_the_map_has_closed_itself_off(self, x64):
         inputs = inputs_of(dtype=np.float64)
         fusion = TokenFusion(8, solver=Anderson(tol=1e-12, max_steps=500))
