@@ -1,13 +1,18 @@
-"""Chains of relations: an answer takes as many steps as is said."""
+"""Chains of relations: an answer takes as many steps as is said; and ``experiments.relations``."""
 
 import itertools
+import json
+import re
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from experiments import relations
 from experiments.datasets import relations as data
-from experiments.datasets.relations import COLOURS, DEEPEST, PLACES, RELATIONS
+from experiments.datasets.relations import COLOURS, DEEPEST, RELATIONS
 
 OBJECTS = 9
 
@@ -27,78 +32,91 @@ def split(questions):
 
 
 def read_scene(tokens):
-    """[(column, row, name, colour)] of one scene's tokens [n, 3n + 4]."""
-    n = len(tokens)
-    parts = np.split(tokens, [n, 2 * n, 3 * n], axis=1)
+    """{(name, relation): (other name, its colour)} of one scene's tokens."""
+    parts = np.split(tokens, [OBJECTS, OBJECTS + 4, 2 * OBJECTS + 4], axis=1)
     assert all((part.sum(axis=1) == 1).all() for part in parts)
-    return list(zip(*(part.argmax(axis=1).tolist() for part in parts), strict=True))
+    words = zip(*(part.argmax(axis=1).tolist() for part in parts), strict=True)
+    found = {(name, RELATIONS[relation]): rest for name, relation, *rest in words}
+    assert len(found) == len(tokens) == 4 * (OBJECTS - 1)
+    return found
 
 
 def read_question(tokens):
-    """The name and the relations of one question's tokens [PLACES, n + 12]."""
-    words = {}
+    """The name and the relations of one question's tokens, from the end to the beginning."""
+    said, asked = {}, []
     for token in tokens[~np.isnan(tokens).any(axis=1)]:
-        word, place, last = np.split(token, [OBJECTS + 4, OBJECTS + 4 + PLACES])
-        assert word.sum() == place.sum() == 1
-        words[place.argmax()] = word.argmax(), bool(last[0])
-    name, *others = [words[place] for place in sorted(words)]
-    assert [last for _, last in others] == [False] * (len(others) - 1) + [True]
-    return int(name[0]), [RELATIONS[word - OBJECTS] for word, _ in others]
-
-
-def walk(scene, name, chain):
-    """The objects that a chain leads to, by looking for the nearest on the right side."""
-    here = next(thing for thing in scene if thing[2] == name)
-    found = [here]
-    for relation in chain:
-        axis = 0 if relation in ("left", "right") else 1
-        ahead = relation in ("right", "below")
-        on_side = [t for t in scene if (t[axis] > here[axis]) == ahead and t[axis] != here[axis]]
-        here = min(on_side, key=lambda t, here=here, axis=axis: abs(t[axis] - here[axis]))
-        found.append(here)
-    return found
+        *parts, last = np.split(token, [4, 10 + OBJECTS, 16 + OBJECTS])
+        assert all(part.sum() == 1 for part in parts)
+        relation, of, label = (int(part.argmax()) for part in parts)
+        said[label] = RELATIONS[relation], of
+        asked += [label] * int(last[0])
+    (label,), chain = asked, []
+    while label >= 0:
+        relation, of = said.pop(label)
+        chain.insert(0, relation)
+        label = of - OBJECTS
+    assert not said, "a relation that leads nowhere"
+    return of, chain
 
 
 def uniform(counts):
     """Whether counts are those of equally likely cases; a false alarm in ten thousand."""
-    return len(counts) == 1 or chisquare(counts).pvalue > 1e-4
+    return chisquare(counts).pvalue > 1e-4
 
 
 class TestData:
     def test_following_the_chain_in_the_tokens_gives_every_answer(self, split):
-        for scene, question, (colour, depth) in zip(
+        for scene, question, (answer, depth) in zip(
             *split.inputs.values(), split.labels, strict=True
         ):
-            things = read_scene(scene)
-            for position in range(3):  # in columns, in rows, by name: each once
-                assert sorted(thing[position] for thing in things) == list(range(OBJECTS))
-            name, chain = read_question(question)
+            pairs, (name, chain) = read_scene(scene), read_question(question)
             assert len(chain) == depth
-            path = walk(things, name, chain)
+            path = [name]
+            for relation in chain:
+                name, colour = pairs[name, relation]
+                path.append(name)
             assert len(set(path)) == depth + 1, "an object comes twice"
             sideways = [relation in ("left", "right") for relation in chain]
             assert all(a != b for a, b in itertools.pairwise(sideways))
-            assert path[-1][3] == colour
+            assert colour == answer
+
+    def test_scenes_are_boards(self, split, questions):
+        """The pairs tell one row of all objects from left to right, and one from top to bottom;
+        an object has one colour, whoever's neighbour it is."""
+        for scene, column, row in zip(
+            split.inputs["scene"][:300], questions.column, questions.row, strict=False
+        ):
+            pairs = read_scene(scene)
+            colours = {}
+            for name, colour in pairs.values():
+                assert colours.setdefault(name, colour) == colour
+            for ahead, back, place in (("right", "left", column), ("below", "above", row)):
+                (name,) = {n for n in range(OBJECTS) if (n, back) not in pairs}
+                seen = [name]
+                while (name, ahead) in pairs:
+                    before, (name, _) = name, pairs[name, ahead]
+                    assert pairs[name, back][0] == before
+                    seen.append(name)
+                assert sorted(seen) == list(range(OBJECTS))
+                np.testing.assert_array_equal(place[seen], np.arange(OBJECTS))
 
     def test_everything_is_drawn_alike(self, questions, split):
         depth, answer = questions.depth, questions.answer
         assert np.bincount(depth).tolist() == [0, *[1000] * DEEPEST]
+        rows, there = np.arange(len(depth)), ~np.isnan(split.inputs["question"]).any(axis=2)
+        np.testing.assert_array_equal(there.sum(axis=1), depth)
         for k in range(1, DEEPEST + 1):
-            rows = depth == k
-            assert uniform(np.bincount(answer[rows]))
-            assert uniform(np.bincount(questions.place[rows], minlength=PLACES - k))
-            assert uniform(np.bincount(questions.relations[rows, 0]))
-            last = questions.path[rows, k]
-            assert uniform(np.bincount(last, minlength=OBJECTS)), "the order of objects tells"
-        there = ~np.isnan(split.inputs["question"]).any(axis=2)
-        np.testing.assert_array_equal(there.sum(axis=1), depth + 1)
-        np.testing.assert_array_equal(there.argmax(axis=1), questions.place)
+            asked, last = depth == k, questions.path[rows, depth]
+            assert uniform(np.bincount(answer[asked]))
+            assert uniform(np.bincount(last[asked], minlength=OBJECTS))
+            assert uniform(np.bincount(questions.relations[asked, 0], minlength=4))
+            assert uniform(np.bincount(questions.labels[asked, k - 1], minlength=DEEPEST))
+            assert k == DEEPEST or uniform(there[asked].sum(axis=0))
 
     def test_the_question_tells_nothing_of_the_answer(self, questions):
         """Neither the name, nor any relation, nor the number of steps."""
         answer = questions.answer
-        named = questions.name[np.arange(len(answer)), questions.start]
-        for said in (named, questions.depth, *questions.relations.T[:1]):
+        for said in (questions.path[:, 0], questions.depth, questions.relations[:, 0]):
             for value in np.unique(said):
                 assert uniform(np.bincount(answer[said == value], minlength=len(COLOURS)))
 
@@ -143,3 +161,80 @@ class TestData:
         for name, x in first.inputs.items():
             np.testing.assert_array_equal(x, again.inputs[name])
             assert not np.array_equal(x, other.inputs[name], equal_nan=True)
+        dataset = relations.job(relations.Config(train=200, validation=200, test=200)).dataset
+        parts = dataset.train, dataset.validation, dataset.test
+        scenes = [x.tobytes() for part in parts for x in part.inputs["scene"]]
+        assert len(set(scenes)) == len(scenes) == 600
+        depths = [np.unique(part.labels[:, 1]).tolist() for part in parts]
+        assert depths == [[1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5, 6]]
+        assert dataset.description == "Relations sample (synthetic)"
+
+
+SMALL = "--train 96 --validation 48 --test 96 --epochs 1 --batch-size 32 --features 8 --hidden 8"
+
+
+@pytest.fixture
+def main(run_command):
+    return partial(run_command, relations.main, *SMALL.split())
+
+
+class TestExperiment:
+    @pytest.mark.slow
+    def test_scores_and_solves_are_told_by_depth(self, main, tmp_path):
+        status, out, _ = main("--run-dir", tmp_path / "run")
+        assert status == 0 and "relations: tokens, seed 0, Relations sample (synthetic)" in out
+        found = json.loads((tmp_path / "run/results.json").read_text())
+        depths = [f"depth {depth}" for depth in range(1, 7)]
+        scores, solver = found["test"], found["solver"]
+        assert list(scores) == ["accuracy", *depths]
+        assert list(found["validation"]) == ["accuracy", *depths[:3]]
+        # sixteen rows of each depth, and so the mean over depths is that over rows
+        assert np.mean([scores[depth] for depth in depths]) == pytest.approx(scores["accuracy"])
+        for what in ("mean_steps", "converged"):
+            assert np.mean([solver[f"{what}, {depth}"] for depth in depths]) == pytest.approx(
+                solver[what]
+            )
+        assert list(found["floors"]) == [
+            "the question", "the colours of the scene", "all but the last word",
+        ]  # fmt: skip
+        report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+        assert re.search(r"steps on average \(depth 1 [\d.]+, depth 2 ", report)
+
+    @pytest.mark.parametrize(
+        "fusion",
+        [
+            "concat",
+            *(
+                pytest.param(f, marks=pytest.mark.slow)
+                for f in ("tokens_unrolled", "cross_attention", "scene")
+            ),
+        ],
+    )
+    def test_other_fusions_train(self, main, tmp_path, fusion):
+        options = ("--fusion", fusion, "--jacobian-weight", 0)
+        status, _, err = main("--run-dir", tmp_path / "run", *options)
+        assert status == 0, err
+
+    def test_positions_without_a_relation_do_not_count_in_the_mean(self):
+        config = relations.Config(fusion="concat", train=8, validation=8, test=8, features=8)
+        job = relations.job(config)
+        row = {name: x[:1] for name, x in job.dataset.train.inputs.items()}
+        there = ~np.isnan(row["question"]).any(axis=-1)
+        short = row | {"question": row["question"][there][None]}
+        model, run = job.task.model, jax.jit(job.task.model.apply)
+        variables = jax.jit(model.init)(jax.random.key(0), row)
+        whole, shorter = (run(variables, x).logits for x in (row, short))
+        np.testing.assert_allclose(whole, shorter, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--objects", 7], "--objects 7: expected 8 or more"),
+            (["--deepest", 7], "--deepest 7: expected 1 to 6"),
+            (["--train", 0], "--train 0: expected 1 or more"),
+            (["--data-seed", -1], "--data-seed -1: expected 0 or more"),
+            (["--fusion", "audio"], "'audio'; choose from "),
+        ],
+    )
+    def test_bad_options_are_refused_in_a_line(self, refuses, options, message):
+        refuses(message, *options)

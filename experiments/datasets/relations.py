@@ -1,4 +1,4 @@
-"""Questions about chains of relations, synthetic: what colour has the object right of the one above
+"""Questions about chains of relations, synthetic: what colour has the object above the one right of
 Eve? How many steps an answer takes is known.
 
 A scene has n objects on a board of n × n cells, one in every row and every column, each with a name
@@ -6,14 +6,15 @@ of its own and one of four colours. A question of depth k names an object and k 
 the other: the next object to the left or right, or above or below, by columns or by rows. The two
 axes take turns, as "right of left of" would lead nowhere; no object comes twice, and none is off
 the board. Scenes and chains are drawn together, all that obey this alike. The answer is the colour
-of the last object.
+of the last object. Both modalities are sets:
 
-    scene     [n, 3n + 4]       an object a position, in any order: one-hot column, row, name,
-                                and colour
-    question  [PLACES, n + 12]  a word a position: one-hot name or relation, one-hot place, and
-                                whether it is the last word; NaN where there is no word
+    scene     [4 (n - 1), 2n + 8]   a pair of neighbours a position, "b, which is red, is right of
+                                    a": one-hot name a, relation, name b and colour of b
+    question  [DEEPEST, n + 17]     a relation a position, "x is right of y": one-hot relation, y, x
+                                    and whether x is asked for; NaN where there is none
 
-A question stands anywhere among the places, so that short ones show all of them.
+Every x has one of DEEPEST labels, drawn at random, so that short questions show all of them; y is a
+name in the first relation, and the x before it in the others.
 
 Colours are independent of all else. So given the scene, the chain and every colour but that of the
 last object, each answer is as likely as any other: who has not made the last step has nothing but
@@ -29,32 +30,32 @@ from experiments.datasets import Dataset, Split
 COLOURS = ("red", "green", "blue", "yellow")
 RELATIONS = ("left", "right", "above", "below")  # rows are counted from the top
 DEEPEST = 6
-PLACES = DEEPEST + 1
-FEWEST = 8  # objects: fewer leave hardly a chain of DEEPEST
+FEWEST = DEEPEST + 2  # objects: on fewer hardly a chain is that long
 
 
 class Questions(NamedTuple):
-    """N questions, each about a scene of its own.
+    """N questions, each about a scene of its own; a name is a number from 0 to n - 1.
 
     Attributes:
-      column, row, name, colour: [N, n] of the objects.
-      start: [N] the object that a question names.
+      column, row, colour: [N, n] of the objects, by name.
       relations: [N, DEEPEST], of which the first `depth` are asked.
-      depth: [N].
-      path: [N, DEEPEST + 1] the objects that the chain leads to, the start first; what comes after
+      path: [N, DEEPEST + 1] the names that the chain leads to, the start first; what comes after
         `depth` steps means nothing.
-      place: [N] of the first word.
+      depth: [N].
+      order: [N, 4 (n - 1)] of the pairs of neighbours.
+      labels: [N, DEEPEST] of what the relations lead to.
+      positions: [N, DEEPEST] of the relations in the question.
     """
 
     column: np.ndarray
     row: np.ndarray
-    name: np.ndarray
     colour: np.ndarray
-    start: np.ndarray
     relations: np.ndarray
-    depth: np.ndarray
     path: np.ndarray
-    place: np.ndarray
+    depth: np.ndarray
+    order: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
 
     @property
     def answer(self) -> np.ndarray:
@@ -64,7 +65,8 @@ class Questions(NamedTuple):
 
 
 def dataset(train: Questions, validation: Questions, test: Questions) -> Dataset:
-    return Dataset("Relations", "sample", (), split_of(train), split_of(validation), split_of(test))
+    parts = split_of(train), split_of(validation), split_of(test)
+    return Dataset("Relations", "sample", (), *parts)
 
 
 def draw(rng: np.random.Generator, rows: int, deepest: int, objects: int) -> Questions:
@@ -81,108 +83,125 @@ def _propose(rng: np.random.Generator, depth: np.ndarray, objects: int) -> Quest
     """Any scenes and relations; a chain may leave the board or come back."""
     rows = len(depth)
 
-    def permutations() -> np.ndarray:
-        return rng.permuted(np.tile(np.arange(objects), (rows, 1)), axis=1)
+    def permutations(n: int) -> np.ndarray:
+        return rng.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)
 
-    column, row, name = permutations(), permutations(), permutations()
+    column, row = permutations(objects), permutations(objects)
     colour = rng.integers(len(COLOURS), size=(rows, objects))
-    start = rng.integers(objects, size=rows)
     axis = (rng.integers(2, size=(rows, 1)) + np.arange(DEEPEST)) % 2
     relations = 2 * axis + rng.integers(2, size=(rows, DEEPEST))
-    path = follow(column, row, start, relations)
-    place = rng.integers(PLACES - depth)
-    return Questions(column, row, name, colour, start, relations, depth, path, place)
-
-
-def follow(
-    column: np.ndarray, row: np.ndarray, start: np.ndarray, relations: np.ndarray
-) -> np.ndarray:
-    """[N, K + 1] the objects that K relations lead to, the start first; -1 off the board."""
-    every, path = np.arange(len(start)), [start]
-    objects = column.shape[1]
-    at_column, at_row = np.argsort(column, axis=1), np.argsort(row, axis=1)
+    path = [rng.integers(objects, size=rows)]
+    neighbours = _neighbours(column, row)
     for relation in relations.T:
-        here, across = path[-1], relation < 2
-        to = np.where(across, column[every, here], row[every, here]) + 2 * (relation % 2) - 1
-        on_board = (here >= 0) & (to >= 0) & (to < objects)
-        to = np.where(on_board, to, 0)
-        found = np.where(across, at_column[every, to], at_row[every, to])
-        path.append(np.where(on_board, found, -1))
-    return np.stack(path, axis=1)
+        here = path[-1]
+        path.append(np.where(here < 0, -1, neighbours[np.arange(rows), relation, here]))
+    return Questions(
+        column,
+        row,
+        colour,
+        relations,
+        np.stack(path, axis=1),
+        depth,
+        permutations(len(RELATIONS) * (objects - 1)),
+        permutations(DEEPEST),
+        permutations(DEEPEST),
+    )
+
+
+def _neighbours(column: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """[N, 4, n] what is left of, right of, above and below each object; -1 off the board."""
+    found = []
+    for place in (column, row):
+        ordered = np.pad(np.argsort(place, axis=1), ((0, 0), (1, 1)), constant_values=-1)
+        found += [np.take_along_axis(ordered, place + shift, axis=1) for shift in (0, 2)]
+    return np.stack(found, axis=1)
 
 
 def _is_chain(questions: Questions) -> np.ndarray:
     """[N] whether the chain stays on the board and comes to no object twice."""
-    path = questions.path
-    fresh = [
-        (path[:, k] >= 0) & np.all(path[:, :k] != path[:, k : k + 1], axis=1) for k in range(PLACES)
-    ]
-    asked = np.arange(PLACES) <= questions.depth[:, None]
-    return np.all(np.stack(fresh, axis=1) | ~asked, axis=1)
+    path, steps = questions.path, np.arange(DEEPEST + 1)
+    fresh = [(path[:, k] >= 0) & np.all(path[:, :k] != path[:, k : k + 1], axis=1) for k in steps]
+    return np.all(np.stack(fresh, axis=1) | (steps > questions.depth[:, None]), axis=1)
 
 
 def split_of(questions: Questions) -> Split:
     """Inputs as above, and labels [N, 2]: the answer, and the depth."""
-    n, rows = questions.name.shape[1], np.arange(len(questions.depth))[:, None]
-    one_hot = np.eye(n, dtype=np.float32)
-    seen = questions.column, questions.row, questions.name
-    scene = [one_hot[x] for x in seen] + [np.eye(len(COLOURS), dtype=np.float32)[questions.colour]]
-    named = questions.name[rows, questions.start[:, None]]
-    word = np.concatenate([named, n + questions.relations], axis=1)
-    place = questions.place[:, None] + np.arange(PLACES)
-    asked = np.arange(PLACES) <= questions.depth[:, None]
-    last = np.arange(PLACES) == questions.depth[:, None]
-    words = np.full((len(rows), 2 * PLACES, n + 12), np.nan, np.float32)  # half of it cut off
-    words[rows, place] = np.concatenate(
+    labels = np.stack([questions.answer, questions.depth], axis=1).astype(np.int32)
+    return Split({"scene": _scene(questions), "question": _question(questions)}, labels)
+
+
+def _scene(questions: Questions) -> np.ndarray:
+    neighbours = _neighbours(questions.column, questions.row)
+    rows, (_, kinds, n) = np.arange(len(neighbours))[:, None], neighbours.shape
+    there = np.nonzero(neighbours >= 0)[1:]  # as many in every scene
+    relation, one = np.reshape(there, (2, len(rows), -1))
+    other = neighbours[rows, relation, one]
+    pairs = np.concatenate(
         [
-            np.eye(n + len(RELATIONS))[word],
-            np.eye(2 * PLACES)[place][..., :PLACES],
-            last[..., None],
+            _one_hot(one, n),
+            _one_hot(relation, kinds),
+            _one_hot(other, n),
+            _one_hot(questions.colour[rows, other], len(COLOURS)),
         ],
         axis=-1,
     )
-    words[rows, place] = np.where(asked[..., None], words[rows, place], np.nan)
-    labels = np.stack([questions.answer, questions.depth], axis=1).astype(np.int32)
-    inputs = {"scene": np.concatenate(scene, axis=-1), "question": words[:, :PLACES]}
-    return Split(inputs, labels)
+    return pairs[rows, questions.order]
 
 
-# --- what is known with less than everything ---------------------------------------------------
+def _question(questions: Questions) -> np.ndarray:
+    n, depth = questions.column.shape[1], questions.depth[:, None]
+    steps, label = np.arange(DEEPEST), questions.labels
+    of = np.concatenate([questions.path[:, :1], n + label[:, :-1]], axis=1)
+    words = np.concatenate(
+        [
+            _one_hot(questions.relations, len(RELATIONS)),
+            _one_hot(of, n + DEEPEST),
+            _one_hot(label, DEEPEST),
+            (steps == depth - 1)[..., None],
+        ],
+        axis=-1,
+    )
+    words = np.where((steps < depth)[..., None], words, np.float32(np.nan))
+    return words[np.arange(len(words))[:, None], questions.positions]
+
+
+def _one_hot(x: np.ndarray, length: int) -> np.ndarray:
+    return np.eye(length, dtype=np.float32)[x]
+
+
+# --- what can be known with less than everything -----------------------------------------------
 
 
 def bayes(questions: Questions) -> dict[str, np.ndarray]:
     """{what is known: probabilities of the answers [N, 4]}, exact.
 
-    the question alone: a colour of four.
-    the scene alone: the colours of all objects.
-    all but the last step: the objects of the chain are known, but for the last; it is none of them.
-    all but the last word: and it is next to the last but one along the other axis, on one of two
-      sides, or on the only one that obeys the rules.
+    the question: a colour of four.
+    the colours of the scene: but not where they are.
+    all but the last word: the object is next to the last but one along the other axis, on one of
+      two sides, or on the only one that obeys the rules.
     """
     everywhere = np.ones_like(questions.colour, bool)
-    before = _before_last(questions)
     return {
-        "the question alone": np.full((len(everywhere), len(COLOURS)), 1 / len(COLOURS)),
-        "the scene alone": _shares(questions, everywhere),
-        "all but the last step": _shares(questions, ~before),
-        "all but the last word": _shares(questions, _either_side(questions) & ~before),
+        "the question": np.full((len(everywhere), len(COLOURS)), 1 / len(COLOURS)),
+        "the colours of the scene": _shares(questions, everywhere),
+        "all but the last word": _shares(questions, _either_side(questions) & ~_before(questions)),
     }
 
 
-def _before_last(questions: Questions) -> np.ndarray:
+def _before(questions: Questions) -> np.ndarray:
     """[N, n] the objects of the chain but for the last."""
-    objects = np.arange(questions.name.shape[1])
-    before = np.arange(PLACES) < questions.depth[:, None]
+    objects, steps = np.arange(questions.column.shape[1]), np.arange(DEEPEST + 1)
+    before = steps < questions.depth[:, None]
     return np.any((questions.path[..., None] == objects) & before[..., None], axis=1)
 
 
 def _either_side(questions: Questions) -> np.ndarray:
-    """[N, n] the two objects that the last relation and its opposite lead to."""
-    rows = np.arange(len(questions.depth))
-    here = questions.path[rows, questions.depth - 1][:, None]
-    across = questions.relations[rows, questions.depth - 1] < 2
+    """[N, n] the objects that the last relation and its opposite lead to."""
+    rows, last = np.arange(len(questions.depth)), questions.depth - 1
+    across = questions.relations[rows, last] < 2
     along = np.where(across[:, None], questions.column, questions.row)
-    return np.abs(along - along[rows[:, None], here]) == 1
+    here = along[rows, questions.path[rows, last]]
+    return np.abs(along - here[:, None]) == 1
 
 
 def _shares(questions: Questions, among: np.ndarray) -> np.ndarray:

@@ -39,6 +39,10 @@ class Variables(NamedTuple):
     batch_stats: PyTree
 
 
+def undivided(labels: np.ndarray) -> Mapping[str, np.ndarray]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Task:
     """What to learn. Equal tasks, of several seeds say, share one compiled training step.
@@ -54,6 +58,7 @@ class Task:
       average: decay δ of the running mean of the weights, ā ← δ ā + (1 - δ) a after every step,
         which is what is evaluated; 0: the weights themselves are.
       warm_start: start the solves of a row from its last ones; see `experiments.training.warm`.
+      parts: labels → {name: [N] bool}, rows whose solves the results tell apart.
     """
 
     model: nn.Module
@@ -64,6 +69,7 @@ class Task:
     jacobian_weight: float = 0.0
     average: float = 0.0
     warm_start: bool = False
+    parts: Callable[[np.ndarray], Mapping[str, np.ndarray]] = undivided
 
 
 def softmax(logits: jax.Array) -> jax.Array:
