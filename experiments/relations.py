@@ -54,11 +54,12 @@ class Config(CommonConfig):
     test: int = 6_000
     deepest: int = 3
     data_seed: int = 0
-    epochs: int = 40
-    features: int = 64
-    hidden: int = 128
+    epochs: int = 10
+    features: int = 32
+    hidden: int = 64
     dropout: float = 0.0
-    batch_size: int = 128
+    learning_rate: float = 3e-3
+    batch_size: int = 64
     jacobian_weight: float = 1.0
     max_steps: int = 50
 
@@ -82,9 +83,10 @@ def modalities(config: Config) -> tuple[str, ...]:
 
 
 class RelationsModel(nn.Module):
-    """An encoder per modality → fusion → linear: {"scene", "question"} → logits [N, 4]."""
+    """An encoder per modality → fusion → linear: {"scene", "question"} → logits [N, objects]."""
 
     fusion: nn.Module
+    objects: int
     features: int
     hidden: int
     dropout: float
@@ -99,7 +101,7 @@ class RelationsModel(nn.Module):
             for name, x in inputs.items()
         }
         out = fuse(self.fusion, encoded, train=train, **start)
-        return Prediction(nn.Dense(len(data.COLOURS), name="head")(out.fused), out)
+        return Prediction(nn.Dense(self.objects, name="head")(out.fused), out)
 
 
 def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
@@ -143,7 +145,7 @@ def job(config: Config) -> Job:
     )
     dataset = data.dataset(train, validation, test)
     task = Task(
-        RelationsModel(fusion, config.features, config.hidden, config.dropout),
+        RelationsModel(fusion, config.objects, config.features, config.hidden, config.dropout),
         loss,
         accuracies,
         softmax,

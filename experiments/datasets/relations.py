@@ -1,24 +1,24 @@
-"""Questions about chains of relations, synthetic: what colour has the object above the one right of
-Eve? How many steps an answer takes is known.
+"""Questions about chains of relations, synthetic: who is above the one right of Eve? How many steps
+an answer takes is known.
 
 A scene has n objects on a board of n × n cells, one in every row and every column, each with a name
-of its own and one of four colours. A question of depth k names an object and k relations, one after
-the other: the next object to the left or right, or above or below, by columns or by rows. The two
-axes take turns, as "right of left of" would lead nowhere; no object comes twice, and none is off
-the board. Scenes and chains are drawn together, all that obey this alike. The answer is the colour
-of the last object. Both modalities are sets:
+of its own. A question of depth k names an object and k relations, one after the other: the next
+object to the left or right, or above or below, by columns or by rows. The two axes take turns, as
+"right of left of" would lead nowhere; no object comes twice, and none is off the board. Scenes and
+chains are drawn together, all that obey this alike. The answer is the name of the last object. Both
+modalities are sets:
 
-    scene     [4 (n - 1), 2n + 8]   a pair of neighbours a position, "b, which is red, is right of
-                                    a": one-hot name a, relation, name b and colour of b
+    scene     [4 (n - 1), 2n + 4]   a pair of neighbours a position, "b is right of a": one-hot a,
+                                    relation and b
     question  [DEEPEST, n + 17]     a relation a position, "x is right of y": one-hot relation, y, x
                                     and whether x is asked for; NaN where there is none
 
 Every x has one of DEEPEST labels, drawn at random, so that short questions show all of them; y is a
 name in the first relation, and the x before it in the others.
 
-Colours are independent of all else. So given the scene, the chain and every colour but that of the
-last object, each answer is as likely as any other: who has not made the last step has nothing but
-the colours of the objects that it may lead to. Whoever follows the chain is always right.
+Whoever follows the chain is always right, and whoever stops on the way never is: no object comes
+twice. A question alone leaves all other names as likely, and a scene with all but the last word two
+of them.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,6 @@ import numpy as np
 
 from experiments.datasets import Dataset, Split
 
-COLOURS = ("red", "green", "blue", "yellow")
 RELATIONS = ("left", "right", "above", "below")  # rows are counted from the top
 DEEPEST = 6
 FEWEST = DEEPEST + 2  # objects: on fewer hardly a chain is that long
@@ -37,7 +36,7 @@ class Questions(NamedTuple):
     """N questions, each about a scene of its own; a name is a number from 0 to n - 1.
 
     Attributes:
-      column, row, colour: [N, n] of the objects, by name.
+      column, row: [N, n] of the objects, by name.
       relations: [N, DEEPEST], of which the first `depth` are asked.
       path: [N, DEEPEST + 1] the names that the chain leads to, the start first; what comes after
         `depth` steps means nothing.
@@ -49,7 +48,6 @@ class Questions(NamedTuple):
 
     column: np.ndarray
     row: np.ndarray
-    colour: np.ndarray
     relations: np.ndarray
     path: np.ndarray
     depth: np.ndarray
@@ -59,9 +57,8 @@ class Questions(NamedTuple):
 
     @property
     def answer(self) -> np.ndarray:
-        """[N], a colour."""
-        rows = np.arange(len(self.depth))
-        return self.colour[rows, self.path[rows, self.depth]]
+        """[N], a name."""
+        return self.path[np.arange(len(self.depth)), self.depth]
 
 
 def dataset(train: Questions, validation: Questions, test: Questions) -> Dataset:
@@ -87,7 +84,6 @@ def _propose(rng: np.random.Generator, depth: np.ndarray, objects: int) -> Quest
         return rng.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)
 
     column, row = permutations(objects), permutations(objects)
-    colour = rng.integers(len(COLOURS), size=(rows, objects))
     axis = (rng.integers(2, size=(rows, 1)) + np.arange(DEEPEST)) % 2
     relations = 2 * axis + rng.integers(2, size=(rows, DEEPEST))
     path = [rng.integers(objects, size=rows)]
@@ -98,7 +94,6 @@ def _propose(rng: np.random.Generator, depth: np.ndarray, objects: int) -> Quest
     return Questions(
         column,
         row,
-        colour,
         relations,
         np.stack(path, axis=1),
         depth,
@@ -136,16 +131,8 @@ def _scene(questions: Questions) -> np.ndarray:
     there = np.nonzero(neighbours >= 0)[1:]  # as many in every scene
     relation, one = np.reshape(there, (2, len(rows), -1))
     other = neighbours[rows, relation, one]
-    pairs = np.concatenate(
-        [
-            _one_hot(one, n),
-            _one_hot(relation, kinds),
-            _one_hot(other, n),
-            _one_hot(questions.colour[rows, other], len(COLOURS)),
-        ],
-        axis=-1,
-    )
-    return pairs[rows, questions.order]
+    pairs = [_one_hot(one, n), _one_hot(relation, kinds), _one_hot(other, n)]
+    return np.concatenate(pairs, axis=-1)[rows, questions.order]
 
 
 def _question(questions: Questions) -> np.ndarray:
@@ -173,26 +160,19 @@ def _one_hot(x: np.ndarray, length: int) -> np.ndarray:
 
 
 def bayes(questions: Questions) -> dict[str, np.ndarray]:
-    """{what is known: probabilities of the answers [N, 4]}, exact.
+    """{what is known: probabilities of the answers [N, n]}, exact.
 
-    the question: a colour of four.
-    the colours of the scene: but not where they are.
-    all but the last word: the object is next to the last but one along the other axis, on one of
-      two sides, or on the only one that obeys the rules.
+    the question: any name but the one in it.
+    all but the last word: the answer is next to the last object but one along the other axis, on
+      one of two sides, or on the only one that obeys the rules.
     """
-    everywhere = np.ones_like(questions.colour, bool)
+    names, steps = np.arange(questions.column.shape[1]), np.arange(DEEPEST + 1)
+    passed = np.where(steps < questions.depth[:, None], questions.path, -1)
+    others = np.all(passed[..., None] != names, axis=1)
     return {
-        "the question": np.full((len(everywhere), len(COLOURS)), 1 / len(COLOURS)),
-        "the colours of the scene": _shares(questions, everywhere),
-        "all but the last word": _shares(questions, _either_side(questions) & ~_before(questions)),
+        "the question": _any_of(names != questions.path[:, :1]),
+        "all but the last word": _any_of(others & _either_side(questions)),
     }
-
-
-def _before(questions: Questions) -> np.ndarray:
-    """[N, n] the objects of the chain but for the last."""
-    objects, steps = np.arange(questions.column.shape[1]), np.arange(DEEPEST + 1)
-    before = steps < questions.depth[:, None]
-    return np.any((questions.path[..., None] == objects) & before[..., None], axis=1)
 
 
 def _either_side(questions: Questions) -> np.ndarray:
@@ -204,8 +184,6 @@ def _either_side(questions: Questions) -> np.ndarray:
     return np.abs(along - here[:, None]) == 1
 
 
-def _shares(questions: Questions, among: np.ndarray) -> np.ndarray:
-    """[N, 4] shares of the colours among objects [N, n] bool."""
-    is_colour = questions.colour[..., None] == np.arange(len(COLOURS))
-    count = np.sum(is_colour & among[..., None], axis=1)
-    return count / np.sum(count, axis=1, keepdims=True)
+def _any_of(likely: np.ndarray) -> np.ndarray:
+    """[N, n] probabilities from [N, n] bool: those that are true are equally likely."""
+    return likely / np.sum(likely, axis=1, keepdims=True)
