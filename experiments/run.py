@@ -50,7 +50,7 @@ from experiments.training.train import Fitted, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
 OUTCOME = ("results.json", "report.md", "report.html")
-EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "features")
+EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "relations", "features")
 Floors = tuple[Mapping[str, Metrics], Sequence[str]]
 Config = TypeVar("Config", bound=CommonConfig)
 
@@ -175,7 +175,7 @@ def results_of(
         best_on_test=best_on_test(final.history, job.task.monitor),
         classes=per_class_f1(labels, on_test.probabilities, names) if names else None,
         floors=floors,
-        solver=_solver_summary(on_test),
+        solver=_solver_summary(on_test, job.task.parts(labels)),
         parameters=sum(x.size for x in jax.tree.leaves(final.best.params)),
         seconds=outcome.seconds,
     )
@@ -248,14 +248,20 @@ def with_warm_starts(task: Task, inputs: dict[str, np.ndarray], free: int | None
     return dataclasses.replace(task, warm_start=fits)
 
 
-def _solver_summary(result: Evaluation) -> Metrics | None:
-    if result.stats is None:
+def _solver_summary(result: Evaluation, parts: Mapping[str, np.ndarray]) -> Metrics | None:
+    """Of all rows, and of parts of them, {name: [N] bool}."""
+    stats = result.stats
+    if stats is None:
         return None
-    return {
-        "converged": float(result.stats.converged.mean()),
-        "mean_steps": float(result.stats.steps.mean()),
-        "residual": float(result.stats.residual.max()),
+    found = {
+        "converged": float(stats.converged.mean()),
+        "mean_steps": float(stats.steps.mean()),
+        "residual": float(stats.residual.max()),
     }
+    for name, rows in parts.items():
+        found[f"converged, {name}"] = float(stats.converged[rows].mean())
+        found[f"mean_steps, {name}"] = float(stats.steps[rows].mean())
+    return found
 
 
 def _notes(outcome: Outcome, job: Job) -> Iterator[str]:

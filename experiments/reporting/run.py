@@ -142,9 +142,12 @@ def _summary(results: Results) -> list[str]:
 def _solver(solver: Metrics | None) -> str:
     if not solver:
         return "Solver: none in this fusion."
+    every, prefix = number(solver.get("mean_steps"), 1), "mean_steps, "
+    parts = {n.removeprefix(prefix): x for n, x in solver.items() if n.startswith(prefix)}
+    apart = ", ".join(f"{name} {number(steps, 1)}" for name, steps in parts.items())
     return (
         f"Solver: {percent(solver.get('converged'))} of the samples converged, "
-        f"{number(solver.get('mean_steps'), 1)} steps on average, "
+        f"{every} steps on average{f' ({apart})' if apart else ''}, "
         f"largest relative residual {number(solver.get('residual'), 2, 'e')}."
     )
 

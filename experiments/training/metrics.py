@@ -47,7 +47,9 @@ class Results(TypedDict):
     best_on_test: Metrics | None  # of the epoch with the best TEST score, where it was asked for
     classes: Mapping[str, Metrics] | None  # "f1" and "support" of each on test; None: no classes
     floors: Mapping[str, Metrics]  # test scores of simpler models: what a fusion has to beat
-    solver: Metrics | None  # converged (fraction), mean_steps, residual; None: nothing is solved
+    # converged (fraction), mean_steps, residual; of parts of the rows as "mean_steps, PART"; None:
+    # nothing is solved
+    solver: Metrics | None
     parameters: int
     seconds: float
 

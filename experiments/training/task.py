@@ -40,6 +40,10 @@ class Variables(NamedTuple):
     batch_stats: PyTree
 
 
+def undivided(labels: np.ndarray) -> Mapping[str, np.ndarray]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Task:
     """What to learn. Equal tasks, of several seeds say, share one compiled training step.
@@ -56,6 +60,7 @@ class Task:
         which is what is evaluated; 0: the weights themselves are.
       warm_start: start the solves of a row from its last ones; see `experiments.training.warm`.
       recipe: how a fusion with a solver is trained.
+      parts: labels → {name: [N] bool}, rows whose solves the results tell apart.
     """
 
     model: nn.Module
@@ -67,6 +72,7 @@ class Task:
     average: float = 0.0
     warm_start: bool = False
     recipe: Recipe = Recipe()
+    parts: Callable[[np.ndarray], Mapping[str, np.ndarray]] = undivided
 
 
 def softmax(logits: jax.Array) -> jax.Array:

@@ -1,0 +1,174 @@
+"""Questions about chains of relations, synthetic: does iteration pay where answers take steps?
+
+    python -m experiments.relations                                   the equilibrium over positions
+    python -m experiments.relations --fusion tokens_unrolled --unroll-steps 10
+    python -m experiments.relations --fusion cross_attention
+
+See `experiments.datasets.relations`. Training and validation rows ask for one to three steps, test
+rows for up to six: half of them for more than was ever seen. Every position goes through a small
+network of its own (`FeatureEncoder`), and to the fusion as it is, or, where that takes none, in the
+mean over positions. Scores are accuracies, of all rows and by depth; beside them stands what can be
+known with less than everything, exactly.
+
+One application of the map finds the pair of a relation, one more hands its name on to the next
+relation: k steps take 2 k - 1 applications, or fewer where the scene has put pairs together before.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from experiments.common.cli import parse
+from experiments.common.errors import exit_cleanly
+from experiments.datasets import relations as data
+from experiments.models.encoders import FeatureEncoder
+from experiments.models.tokens import fuse, takes_positions
+from experiments.run import Job, execute
+from experiments.training.config import CommonConfig, build_fusion, require, shallow_of
+from experiments.training.metrics import Metrics, Results
+from experiments.training.recipe import adamw
+from experiments.training.schedule import Schedule
+from experiments.training.task import Prediction, Task, softmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommonConfig):
+    """Chains of relations between objects.
+
+    Attributes:
+      objects: n, on a board of n × n.
+      train, validation, test: rows.
+      deepest: steps that training and validation rows ask for, at most.
+      data_seed: of the rows.
+      hidden: width of the encoders' hidden layer.
+      batch_size: rows a step.
+    """
+
+    fusion: str = "tokens"
+    objects: int = 8
+    train: int = 20_000
+    validation: int = 2_000
+    test: int = 6_000
+    deepest: int = 3
+    data_seed: int = 0
+    epochs: int = 20
+    features: int = 32
+    hidden: int = 64
+    dropout: float = 0.0
+    learning_rate: float = 3e-3
+    clip: float = 1.0
+    batch_size: int = 64
+    jacobian_weight: float = 1.0
+    max_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fewest = data.FEWEST
+        require(self.objects >= fewest, "objects", self.objects, f"{fewest} or more")
+        usable = 1 <= self.deepest <= data.DEEPEST
+        require(usable, "deepest", self.deepest, f"1 to {data.DEEPEST}")
+        for name in ("train", "validation", "test", "hidden", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.data_seed >= 0, "data_seed", self.data_seed, "0 or more")
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    return parse(Config(), args, "python -m experiments.relations")
+
+
+def modalities(config: Config) -> tuple[str, ...]:
+    return ("scene", "question")
+
+
+class RelationsModel(nn.Module):
+    """An encoder per modality → fusion → linear: {"scene", "question"} → logits [N, objects]."""
+
+    fusion: nn.Module
+    objects: int
+    features: int
+    hidden: int
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
+    ) -> Prediction:
+        sizes, tokens = (self.features, self.hidden, self.dropout), takes_positions(self.fusion)
+        encoded = {
+            name: FeatureEncoder(*sizes, "mean", tokens, name=f"encode_{name}")(x, train)
+            for name, x in inputs.items()
+        }
+        out = fuse(self.fusion, encoded, train=train, **start)
+        return Prediction(nn.Dense(self.objects, name="head")(out.fused), out)
+
+
+def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the answers."""
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    return cross_entropy(prediction.logits, labels[:, 0]).mean()
+
+
+def by_depth(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """{"depth 1": [N] bool, …}, which rows of labels [N, 2] ask for so many steps."""
+    depths = labels[:, 1]
+    return {f"depth {depth}": depths == depth for depth in np.unique(depths)}
+
+
+def accuracies(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
+    """Shares of right answers, of all rows and by depth."""
+    right = labels[:, 0] == np.argmax(probabilities, axis=1)
+    parts = by_depth(labels).items()
+    return {"accuracy": float(right.mean())} | {n: float(right[rows].mean()) for n, rows in parts}
+
+
+def job(config: Config) -> Job:
+    """The data and what is to be learned from them."""
+    fusion = build_fusion(config, modalities(config))
+    streams = np.random.default_rng(config.data_seed).spawn(3)
+    sizes = (
+        (config.train, config.deepest),
+        (config.validation, config.deepest),
+        (config.test, data.DEEPEST),
+    )
+    train, validation, test = (
+        data.draw(rng, *size, config.objects) for rng, size in zip(streams, sizes, strict=True)
+    )
+    dataset = data.dataset(train, validation, test)
+    task = Task(
+        RelationsModel(fusion, config.objects, config.features, config.hidden, config.dropout),
+        loss,
+        accuracies,
+        softmax,
+        monitor="accuracy",
+        jacobian_weight=config.jacobian_weight,
+        average=config.average,
+        recipe=config.recipe,
+        parts=by_depth,
+    )
+    floors: Mapping[str, Metrics] = {
+        name: accuracies(dataset.test.labels, guess) for name, guess in data.bayes(test).items()
+    }
+    optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
+    shallow = shallow_of(config)
+    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    return Job("relations", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
+
+
+def run(config: Config) -> Results:
+    """The whole job: data, training, one look at the test rows, report."""
+    return execute("relations", job, config)
+
+
+@exit_cleanly()
+def main() -> None:
+    run(parse_args(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
