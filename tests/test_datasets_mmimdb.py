@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import h5py
 import numpy as np
@@ -37,10 +36,8 @@ def cache(tmp_path):
 
 
 class TestSample:
-    def test_default_load_is_quick_deterministic_and_labelled(self, tmp_path, monkeypatch):
-        began = time.perf_counter()
+    def test_default_load_is_deterministic_and_labelled(self, tmp_path, monkeypatch):
         first = mmimdb.load(cache_dir=tmp_path / "a")
-        assert time.perf_counter() - began < 20  # 5 s on two cores, with room for a busy machine
         assert first.description == "MM-IMDB sample (synthetic)" and first.data == "sample"
         assert first.classes == sample.GENRE_NAMES and len(set(first.classes)) == 23
         monkeypatch.setattr(prepared, "_build", None)  # nothing may be built again

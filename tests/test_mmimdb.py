@@ -303,7 +303,7 @@ BAD_OPTIONS = [
     (["--fusion", "deq", "--tol", 0], "tol"),
     (["--fusion", "deq", "--tol", 1e-12], "tol"),
     (["--fusion", "deq", "--max-steps", 0], "max"),
-    (["--warm-start"], "--fusion sum solves nothing; use --fusion deq"),
+    (["--warm-start"], "--fusion sum solves nothing; use deq or tokens"),
     (["--dropout", 1.5], "dropout"),
     (["--learning-rate", "nan"], "learning"),
 ]  # fmt: skip
