@@ -3,6 +3,7 @@
     python -m experiments.relations                                   the equilibrium over positions
     python -m experiments.relations --fusion tokens_unrolled --unroll-steps 10
     python -m experiments.relations --fusion cross_attention
+    python -m experiments.relations --start RUN_DIR                   go on from other weights
 
 See `experiments.datasets.relations`. Training and validation rows ask for one to three steps, test
 rows for up to six: half of them for more than was ever seen. Every position goes through a small
@@ -14,27 +15,33 @@ One application of the map finds the pair of a relation, one more hands its name
 relation: k steps take 2 k - 1 applications, or fewer where the scene has put pairs together before.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from experiments.common.cli import parse
-from experiments.common.errors import exit_cleanly
+from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import relations as data
 from experiments.models.encoders import FeatureEncoder
 from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
+from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, build_fusion, require, shallow_of
 from experiments.training.metrics import Metrics, Results
 from experiments.training.recipe import adamw
+from experiments.training.run_directory import saved_config
 from experiments.training.schedule import Schedule
-from experiments.training.task import Prediction, Task, softmax
+from experiments.training.step import init_state
+from experiments.training.task import Prediction, Task, Variables, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,9 @@ class Config(CommonConfig):
       train, validation, test: rows.
       deepest: steps that training and validation rows ask for, at most.
       data_seed: of the rows.
+      start: directory of another run of this experiment, whose selected weights are begun with. It
+        may have seen shorter chains, or another fusion with the same cell, tokens or
+        tokens_unrolled.
       hidden: width of the encoders' hidden layer.
       batch_size: rows a step.
     """
@@ -57,6 +67,7 @@ class Config(CommonConfig):
     test: int = 6_000
     deepest: int = 3
     data_seed: int = 0
+    start: Path | None = None
     epochs: int = 20
     features: int = 32
     hidden: int = 64
@@ -127,6 +138,34 @@ def accuracies(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     return {"accuracy": float(right.mean())} | {n: float(right[rows].mean()) for n, rows in parts}
 
 
+def weights_of(run_dir: Path, task: Task) -> Variables:
+    """The weights that another run has selected.
+
+    Raises:
+      InputError: it is none of this experiment, has saved none, or they do not fit the task.
+    """
+    saved = saved_config(run_dir)
+    if saved is None or saved.get("experiment") != "relations":
+        raise InputError(f"--start {run_dir}: expected the directory of a run of this experiment")
+    config = replace(parse_args(shlex.split(saved["command"])[3:]), start=None)
+    other = job(config)
+    inputs = other.dataset.train.inputs
+    state = init_state(other.task, other.optimiser, inputs, config.seed)
+    found = Checkpoints(run_dir / "checkpoints").restore({"state": state, "best": state.learned})
+    if not found:
+        raise InputError(f"--start {run_dir}: expected a run that has saved a checkpoint")
+    weights = found[1]["best"]
+    row = {name: x[:1] for name, x in inputs.items()}
+    expected = jax.eval_shape(task.model.init, jax.random.key(0), row)["params"]
+    if jax.tree.map(jnp.shape, weights.params) != jax.tree.map(jnp.shape, expected):
+        raise InputError(
+            f"--start {run_dir}: its weights, of --fusion {config.fusion} --features "
+            f"{config.features} --hidden {config.hidden} --objects {config.objects}, do not fit; "
+            "expected the same sizes and a fusion with the same cell"
+        )
+    return weights
+
+
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
     fusion = build_fusion(config, modalities(config))
@@ -157,7 +196,16 @@ def job(config: Config) -> Job:
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     shallow = shallow_of(config)
     schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
-    return Job("relations", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
+    start = weights_of(config.start, task) if config.start else None
+    return Job(
+        "relations",
+        dataset,
+        task,
+        optimiser,
+        schedule,
+        floors=lambda _: (floors, ()),
+        start=start,
+    )
 
 
 def run(config: Config) -> Results:

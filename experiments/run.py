@@ -45,7 +45,7 @@ from experiments.training.progress import Bar
 from experiments.training.recording import checkpoints, recorder, stopping
 from experiments.training.run_directory import begin_run, command_line, opened_run
 from experiments.training.schedule import Schedule
-from experiments.training.task import Evaluation, Task, evaluate
+from experiments.training.task import Evaluation, Task, Variables, evaluate
 from experiments.training.train import Fitted, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
@@ -73,6 +73,7 @@ class Job(NamedTuple):
         seconds at most.
       notes: sentences for the terminal and the report.
       recipe: how inputs as the data have them become those of `dataset`; None: they are those.
+      start: weights to begin with; None: random ones.
     """
 
     experiment: str
@@ -84,6 +85,7 @@ class Job(NamedTuple):
     floors: Callable[[float], Floors] = lambda seconds: ({}, ())
     notes: Sequence[str] = ()
     recipe: Recipe | None = None
+    start: Variables | None = None
 
 
 def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) -> Results:
@@ -212,6 +214,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
     task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
     test = job.dataset.test if config.official_selection else None
+    begun: dict[str, Any] = {"start": job.start} if job.start else {}
     with stopping(schedule, bool(job.dataset.stream), run_dir) as stop:
         saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
         may_stop = schedule.patience is not None
@@ -219,7 +222,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
             report = recorder(run_dir / "metrics.jsonl", show, stop.begin)
             how = task, optimiser, job.dataset, job.folds, schedule, seed, saved, report
             watched = None if config.refit else test
-            fitted = select(*how, test=watched, stop=stop, progress=show.part)
+            fitted = select(*how, test=watched, stop=stop, progress=show.part, **begun)
         log(f"Training ended: {fitted.ending}.")
         if not (config.refit or job.folds):
             return fitted, fitted
@@ -228,7 +231,7 @@ def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted
         with Bar(fitted.history[-1]["epoch"]) as show:
             report = recorder(run_dir / "refit.jsonl", show, stop.begin)
             what = fitted, task, optimiser, job.dataset, schedule, seed, saved, report
-            return fitted, refit(*what, test=test, stop=stop, progress=show.part)
+            return fitted, refit(*what, test=test, stop=stop, progress=show.part, **begun)
 
 
 def best_on_test(history: Sequence[Mapping[str, Any]], monitor: str) -> Metrics | None:

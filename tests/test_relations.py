@@ -219,6 +219,20 @@ class TestExperiment:
         status, _, err = main("--run-dir", tmp_path / "run", *options)
         assert status == 0, err
 
+    def test_it_goes_on_from_the_weights_of_another_run(self, main, tmp_path):
+        """Not a step of its own: it scores on its rows what the other one's weights do."""
+        options = "--fusion", "concat", "--jacobian-weight", 0
+        assert main("--run-dir", tmp_path / "a", "--deepest", 1, *options)[0] == 0
+        start = "--start", tmp_path / "a"
+        status, _, err = main("--run-dir", tmp_path / "b", *options, *start, "--epochs", 0)
+        assert status == 0, err
+        scores = [json.loads((tmp_path / run / "results.json").read_text())["test"] for run in "ab"]
+        assert scores[0] == scores[1]  # the test rows are the same
+        for wrong in (["--features", 12], ["--fusion", "sum"]):
+            status, _, err = main("--run-dir", tmp_path / "c", *options, *start, *wrong)
+            assert status == 2 and "its weights, of --fusion concat --features 8" in err
+            assert err.count("\n") == 1
+
     def test_positions_without_a_relation_do_not_count_in_the_mean(self):
         config = relations.Config(fusion="concat", train=8, validation=8, test=8, features=8)
         job = relations.job(config)
@@ -238,6 +252,7 @@ class TestExperiment:
             (["--train", 0], "--train 0: expected 1 or more"),
             (["--data-seed", -1], "--data-seed -1: expected 0 or more"),
             (["--fusion", "audio"], "'audio'; choose from "),
+            (["--start", "nowhere"], "--start nowhere: expected the directory of a run of this"),
         ],
     )
     def test_bad_options_are_refused_in_a_line(self, refuses, options, message):

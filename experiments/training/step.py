@@ -64,12 +64,16 @@ def copied(tree: PyTree) -> PyTree:
 
 
 def init_state(
-    task: Task, optimiser: optax.GradientTransformation, inputs: PyTree, seed: int
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    inputs: PyTree,
+    seed: int,
+    start: Variables | None = None,
 ) -> TrainState:
-    """The state before the first step; the parameters depend on the seed alone."""
+    """The state before the first step; the parameters depend on the seed alone, or are `start`."""
     init_key, key = jax.random.split(jax.random.key(seed))
     sample = jax.tree.map(lambda x: x[:2], inputs)
-    variables = _initialised(task.model, init_key, sample)
+    variables = start._asdict() if start else _initialised(task.model, init_key, sample)
     warm = None
     if task.warm_start and solves_adjoint(task.model):
         warm = cold_start(task.model, variables, inputs)

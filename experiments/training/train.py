@@ -65,6 +65,7 @@ def fit(
     keep: int | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress = lambda epoch, means: None,
+    start: Variables | None = None,
 ) -> Fitted:
     """Trains until `schedule` says stop, and keeps the variables that do best on validation, or
     those of the epoch `keep`.
@@ -77,15 +78,15 @@ def fit(
     one. With `test` every row also has "test": {metric: value}, which nothing here looks at. Once
     `stop` says so, what there is is saved and a StoppedError raised.
 
-    `progress` is told where training begins or goes on, and then after every call to the device
-    how far it has come: the epoch with its fraction, and a function of no arguments that fetches
-    the means so far. A `Stream` is trained on a few steps a call, so there a checkpoint may lie
-    within an epoch. Within a mesh (`jax.set_mesh`, see
-    `experiments.training.devices`) every batch is sharded over the devices.
+    `progress` is told where training begins or goes on, and then after every call to the device how
+    far it has come: the epoch with its fraction, and a function of no arguments that fetches the
+    means so far. A `Stream` is trained on a few steps a call, so there a checkpoint may lie within
+    an epoch. Within a mesh (`jax.set_mesh`, see `experiments.training.devices`) every batch is
+    sharded over the devices. `start` are weights to begin with, in place of random ones.
     """
     rows = feed(train)
     batch_size = share_of(schedule.batch_size, rows.rows)
-    state = init_state(task, optimiser, rows.examples, seed)
+    state = init_state(task, optimiser, rows.examples, seed, start)
     splits = put(validation), put(test)
     training = Training(task, schedule, *splits, keep, checkpoints, state, copied(state.learned))
     return train_to_the_end(training, optimiser, rows, batch_size, report, stop, progress)
