@@ -175,6 +175,7 @@ class TestAShallowStart:
         assert timeless(resumed.history) == timeless(whole.history)
         assert bits(resumed.best) == bits(whole.best) and bits(resumed.last) == bits(whole.last)
 
+    @pytest.mark.slow
     def test_warm_starts_begin_with_the_solves(self):
         task = task_of(jacobian_weight=0.1, warm_start=True)
         history = fitted(task, Schedule(epochs=12, batch_size=8, shallow=3), rate=1e-4).history

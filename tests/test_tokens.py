@@ -31,7 +31,10 @@ def lengths_of():
     return {name: jnp.array(length) for name, length in LENGTHS.items()}
 
 
-@pytest.fixture(params=TOKENS)
+SLOW = pytest.param("tokens_unrolled", marks=pytest.mark.slow)  # made of the same parts
+
+
+@pytest.fixture(params=["tokens", "cross_attention", SLOW])
 def layer(request):
     """A fusion, its variables, and how it is applied."""
     fusion = FUSIONS[request.param](8)

@@ -479,6 +479,7 @@ class TestWarmStarts:
             assert warm[-1]["train"][key] < 0.8 * cold[-1]["train"][key]
         assert warm[-1]["train"]["converged"] == warm[-1]["train"]["backward_converged"] == 1
 
+    @pytest.mark.slow
     def test_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(self, deq, tmp_path):
         whole = self.fit(deq, deq.optimiser, epochs=3)
         self.fit(deq, deq.optimiser, epochs=2, checkpoints=Checkpoints(tmp_path))
