@@ -42,7 +42,6 @@ from experiments.training.config import (
     FusionChange,
     build_fusion,
     require,
-    shallow_of,
     unchanged,
 )
 from experiments.training.devices import log
@@ -251,7 +250,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         dataset,
         task,
         adamw(config.learning_rate, config.weight_decay, config.clip),
-        settings.schedule._replace(shallow=shallow_of(config)),
+        settings.schedule._replace(shallow=config.shallow),
         drawn_folds(table, split, settings, config.seed),
         partial(floors, dataset, target),
         [

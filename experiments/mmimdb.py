@@ -28,7 +28,7 @@ from experiments.datasets import Dataset, mmimdb
 from experiments.datasets.text import tokenised
 from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.run import Job, execute
-from experiments.training.config import PublishedConfig, build_fusion, require, shallow_of
+from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
 from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
@@ -160,8 +160,8 @@ def job(config: Config) -> Job:
     )
     labels = dataset.stream.labels() if dataset.stream else dataset.train.labels
     floor = frequent_labels_floor(labels, dataset.test.labels)
-    shallow = shallow_of(config)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    epochs, size, patience = config.epochs, config.batch_size, config.patience
+    schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     floors = {"always the frequent genres": floor}
     return Job("mmimdb", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))

@@ -41,7 +41,7 @@ from experiments.models.mosi import (
     scores,
 )
 from experiments.run import Job, execute
-from experiments.training.config import PublishedConfig, build_fusion, require, shallow_of
+from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
 from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
@@ -223,8 +223,8 @@ def aligned(config: Config) -> tuple[Dataset, Task, dict[str, Metrics]]:
 def job(config: Config) -> Job:
     dataset, task, floors = (utterances if config.form == "utterances" else aligned)(config)
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
-    shallow = shallow_of(config)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    epochs, size, patience = config.epochs, config.batch_size, config.patience
+    schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
     return Job("mosi", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
 
 

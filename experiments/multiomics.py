@@ -43,7 +43,6 @@ from experiments.training.config import (
     PublishedConfig,
     build_fusion,
     require,
-    shallow_of,
     unchanged,
 )
 from experiments.training.metrics import Results, classification_metrics
@@ -226,7 +225,7 @@ def job(config: Config, change: FusionChange = unchanged) -> Job:
         config.evaluate_every,
         config.patience,
         config.smooth,
-        shallow_of(config),
+        config.shallow,
     )
     linear = logistic_regression(source.train, source.test, classes).predictions
     floors = {"logistic regression": classification_metrics(source.test.labels, linear)}

@@ -35,7 +35,7 @@ from experiments.models.encoders import FeatureEncoder
 from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import CommonConfig, build_fusion, require, shallow_of
+from experiments.training.config import CommonConfig, build_fusion, require
 from experiments.training.metrics import Metrics, Results
 from experiments.training.recipe import adamw
 from experiments.training.run_directory import saved_config
@@ -194,8 +194,8 @@ def job(config: Config) -> Job:
         name: accuracies(dataset.test.labels, guess) for name, guess in data.bayes(test).items()
     }
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
-    shallow = shallow_of(config)
-    schedule = Schedule(config.epochs, config.batch_size, patience=config.patience, shallow=shallow)
+    epochs, size, patience = config.epochs, config.batch_size, config.patience
+    schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
     start = weights_of(config.start, task) if config.start else None
     return Job(
         "relations",

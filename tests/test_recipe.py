@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 from identical import bits, timeless
 
 from deq_fusion_jax import Anderson, DEQFusion, TokenFusion
 from deq_fusion_jax.baselines import Sum, WeightTied
 from deq_fusion_jax.token_baselines import TokensUnrolled
-from experiments import features
+from experiments import features, mmimdb
 from experiments.common.errors import InputError
 from experiments.common.stopping import StoppedError
 from experiments.datasets import Split
+from experiments.models.encoders import MaxoutMLP
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.config import build_fusion, shallow_of
+from experiments.training.config import build_fusion
 from experiments.training.recipe import Recipe, adamw
 from experiments.training.schedule import Schedule
 from experiments.training.step import Gradient, init_state, train_step, updated
@@ -92,21 +94,26 @@ def test_a_loose_tolerance_takes_fewer_steps_in_training():
 
 @pytest.mark.parametrize(("fusion_rate", "warmup"), [(0.1, 0), (1.0, 0), (0.5, 10)])
 def test_the_fusion_alone_learns_at_its_own_rate(fusion_rate, warmup):
-    """AdamW's first step is -rate (g / (|g| + 1e-8) + weight_decay p), and rises from a tenth."""
-    task = task_of(recipe=Recipe(fusion_rate, warmup=warmup))
+    """AdamW's first step is -rate (g / (|g| + 1e-8) + weight_decay p), on the real tree; that of
+    the fusion rises from a tenth."""
+    config = mmimdb.Config(features=8, fusion_rate=fusion_rate, warmup=warmup)
+    encoders = {name: MaxoutMLP((8,)) for name in ("text", "image")}
+    model = mmimdb.MMIMDBModel(FrozenDict(encoders), build_fusion(config, ("text", "image")))
+    inputs = {"text": np.ones((2, 3), np.float32), "image": np.ones((2, 5), np.float32)}
+    task = dataclasses.replace(task_of(recipe=config.recipe), model=model)
     optimiser = adamw(0.02, 0.3)
-    state = init_state(task, optimiser, INPUTS, 0)
+    state = init_state(task, optimiser, inputs, 0)
     params = state.variables.params
     grads = jax.tree.map(lambda x: jnp.asarray(RNG.standard_normal(x.shape), jnp.float32), params)
     after, _ = updated(task, optimiser, state, Gradient(grads, {}, {}, None))
-    assert set(params) == {"fusion", "head"} and set(params["fusion"]) == {"cell", "inject"}
-    factor = fusion_rate / (warmup or 1)
-    for name in params:
-        rate = 0.02 * (factor if name == "fusion" else 1)
+    groups = {"encoders_text", "encoders_image", "fusion", "head"}
+    assert set(params) == groups and set(params["fusion"]) == {"cell", "inject"}
+    for name in groups:
+        rate = 0.02 * (fusion_rate / (warmup or 1) if name == "fusion" else 1)
         trees = grads[name], params[name], after.params[name]
         for g, p, new in zip(*map(jax.tree.leaves, trees), strict=True):
-            expected = p - rate * (g / (jnp.abs(g) + 1e-8) + 0.3 * p)
-            np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+            expected = -rate * (g / (jnp.abs(g) + 1e-8) + 0.3 * p)
+            np.testing.assert_allclose(new - p, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_gradients_are_clipped_to_a_norm():
@@ -192,9 +199,9 @@ class TestOptions:
     def test_they_reach_the_fusion_and_the_task(self):
         config = features.Config(shallow_epochs=2, warmup=5, on_failure="zero", fusion_rate=0.1)
         fusion = build_fusion(config, ("a", "b"))
-        assert fusion.gradient.on_failure == "zero" and shallow_of(config) == 2
+        assert fusion.gradient.on_failure == "zero" and config.shallow == 2
         assert config.recipe == Recipe(0.1, 1, 5, 1.0, None)
-        assert shallow_of(dataclasses.replace(config, fusion="concat")) == 0
+        assert dataclasses.replace(config, fusion="concat").shallow == 0
 
     @pytest.mark.parametrize(
         ("options", "message"),

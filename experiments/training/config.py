@@ -18,72 +18,8 @@ SOLVED = ("deq", "tokens")  # the fusions with a solver
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverConfig:
-    """The options of a fusion that is iterated: how it is solved, and trained to stay solvable.
-
-    They are for deq and tokens, and where so said for weight_tied and tokens_unrolled, too.
-
-    Attributes:
-      tol: relative residual at which the solver is done (and the unrolled ones count as converged).
-      max_steps: solver steps, at most.
-      unroll_steps: of weight_tied and tokens_unrolled; None: 10 and 1.
-      warm_start: start the solves of a training row where its last ones ended; pays where a row's
-        features hardly change between epochs, that is without dropout before the fusion.
-      jacobian_weight: γ, weight of the Jacobian penalty (of all four).
-      shallow_epochs: epochs at the beginning in which the cell is applied shallow_steps times, in
-        place of the solve; none of them is selected.
-      shallow_steps: how often.
-      warmup: steps, from the first with a solve, over which the fusion's learning rate and γ rise
-        and the tolerance tightens.
-      jacobian_start: γ at their beginning, over γ.
-      tol_start: the tolerance at their beginning; None: tol.
-      fusion_rate: the fusion's learning rate over learning_rate (of any fusion).
-      on_failure: what a row whose forward or backward solve failed adds to the gradients of the
-        fusion and of what is before it: keep, what follows from the best iterates, or zero,
-        nothing.
-    """
-
-    tol: float = 1e-3
-    max_steps: int = 100
-    unroll_steps: int | None = None
-    warm_start: bool = False
-    jacobian_weight: float = 0.1
-    shallow_epochs: int = 0
-    shallow_steps: int = 1
-    warmup: int = 0
-    jacobian_start: float = 1.0
-    tol_start: float | None = None
-    fusion_rate: float = 1.0
-    on_failure: Literal["keep", "zero"] = "keep"
-
-    def __post_init__(self) -> None:
-        eps = float(jnp.finfo(jnp.float32).eps)
-        for name in ("tol", "tol_start"):
-            tol = getattr(self, name)
-            usable = tol is None or eps <= tol < 1
-            require(usable, name, tol, f"from {eps:.1e}, float32's resolution, to 1")
-        for name, least in (("shallow_epochs", 0), ("warmup", 0), ("max_steps", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
-        for name in ("shallow_steps", "unroll_steps"):
-            steps = getattr(self, name)
-            require(steps is None or steps >= 1, name, steps, "1 or more")
-        for name in ("jacobian_weight", "jacobian_start", "fusion_rate"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), name, value, "0 or more")
-        risen = self.warmup or (self.tol_start is None and self.jacobian_start == 1)
-        needs = "1 or more with --tol-start or --jacobian-start, which it is the way from"
-        require(bool(risen), "warmup", self.warmup, needs)
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(
-            self.fusion_rate, self.shallow_steps, self.warmup, self.jacobian_start, self.tol_start
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonConfig(SolverConfig):
-    """The options that every experiment has.
+class RunConfig:
+    """The options that every fusion has.
 
     Attributes:
       fusion: deq, weight_tied, concat, sum, gmu, lmf, attention; of positions, where the inputs
@@ -125,7 +61,6 @@ class CommonConfig(SolverConfig):
     official_selection: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.epochs is None or self.epochs >= 0, "epochs", self.epochs, "0 or more")
         require(self.features >= 1, "features", self.features, "1 or more")
         for name in ("dropout", "average"):  # None: a rule says
@@ -134,11 +69,83 @@ class CommonConfig(SolverConfig):
         rate, decay = self.learning_rate, self.weight_decay
         require(0 < rate < float("inf"), "learning_rate", rate, "a number above 0")
         require(0 <= decay < float("inf"), "weight_decay", decay, "0 or more")
-        left = not self.epochs or self.shallow_epochs < self.epochs
-        require(left, "shallow_epochs", self.shallow_epochs, "fewer than --epochs")
         require(0 <= self.clip < float("inf"), "clip", self.clip, "0 or more")
         usable = self.patience is None or self.patience >= 1
         require(usable, "patience", self.patience, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig(RunConfig):
+    """The options that every experiment has.
+
+    Beside those of every fusion they say how a fusion that is iterated is solved, and trained to
+    stay solvable. They are for deq and tokens, and where so said for weight_tied and
+    tokens_unrolled, too.
+
+    Attributes:
+      tol: relative residual at which the solver is done (and the unrolled ones count as converged).
+      max_steps: solver steps, at most.
+      unroll_steps: of weight_tied and tokens_unrolled; None: 10 and 1.
+      warm_start: start the solves of a training row where its last ones ended; pays where a row's
+        features hardly change between epochs, that is without dropout before the fusion.
+      jacobian_weight: γ, weight of the Jacobian penalty (of all four).
+      shallow_epochs: epochs at the beginning in which the cell is applied shallow_steps times, in
+        place of the solve; none of them is selected.
+      shallow_steps: how often.
+      warmup: steps, from the first with a solve, over which the fusion's learning rate and γ rise
+        and the tolerance tightens.
+      jacobian_start: γ at their beginning, over γ.
+      tol_start: the tolerance at their beginning; None: tol.
+      fusion_rate: the fusion's learning rate over learning_rate (of any fusion).
+      on_failure: what a row whose forward or backward solve failed adds to the gradients of the
+        fusion and of what is before it: keep, what follows from the best iterates, or zero,
+        nothing.
+    """
+
+    tol: float = 1e-3
+    max_steps: int = 100
+    unroll_steps: int | None = None
+    warm_start: bool = False
+    jacobian_weight: float = 0.1
+    shallow_epochs: int = 0
+    shallow_steps: int = 1
+    warmup: int = 0
+    jacobian_start: float = 1.0
+    tol_start: float | None = None
+    fusion_rate: float = 1.0
+    on_failure: Literal["keep", "zero"] = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        eps = float(jnp.finfo(jnp.float32).eps)
+        for name in ("tol", "tol_start"):
+            tol = getattr(self, name)
+            usable = tol is None or eps <= tol < 1
+            require(usable, name, tol, f"from {eps:.1e}, float32's resolution, to 1")
+        for name, least in (("shallow_epochs", 0), ("warmup", 0), ("max_steps", 1)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        left = not self.epochs or self.shallow_epochs < self.epochs
+        require(left, "shallow_epochs", self.shallow_epochs, "fewer than --epochs")
+        for name in ("shallow_steps", "unroll_steps"):
+            steps = getattr(self, name)
+            require(steps is None or steps >= 1, name, steps, "1 or more")
+        for name in ("jacobian_weight", "jacobian_start", "fusion_rate"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), name, value, "0 or more")
+        risen = self.warmup or (self.tol_start is None and self.jacobian_start == 1)
+        needs = "1 or more with --tol-start or --jacobian-start, which it is the way from"
+        require(bool(risen), "warmup", self.warmup, needs)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            self.fusion_rate, self.shallow_steps, self.warmup, self.jacobian_start, self.tol_start
+        )
+
+    @property
+    def shallow(self) -> int:
+        """Epochs without a solve: none of a fusion that solves nothing in any."""
+        return self.shallow_epochs if self.fusion in SOLVED else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +190,6 @@ def build_fusion(config: CommonConfig, modalities: Sequence[str]) -> nn.Module:
         return make_fusion(name, config.features, modalities, **options)
     except ValueError as error:
         raise InputError(f"--fusion {config.fusion}: {error}") from error
-
-
-def shallow_of(config: CommonConfig) -> int:
-    """Epochs without a solve: none of a fusion that solves nothing in any."""
-    return config.shallow_epochs if config.fusion in SOLVED else 0
 
 
 FusionChange = Callable[[Any], nn.Module]  # what an ablation makes of the fusion of an experiment
