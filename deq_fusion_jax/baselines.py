@@ -21,16 +21,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from deq_fusion_jax.cell import FusionCell, FusionState, as_map
 from deq_fusion_jax.fusion import CellFusion, DEQFusion
-from deq_fusion_jax.gradients import Adjoint
-from deq_fusion_jax.injection import Injection, Mask, Modalities, presence
+from deq_fusion_jax.injection import Mask, Modalities, presence
 from deq_fusion_jax.iterated import FusionOutput
 from deq_fusion_jax.layers import dense
-from deq_fusion_jax.stats import SolveStats
 from deq_fusion_jax.token_baselines import CrossAttention, TokensUnrolled
-from deq_fusion_jax.tokens import TokenFusion
-from deq_fusion_jax.unroll import unroll
+from deq_fusion_jax.tokens import TokenFusion, check_heads
+from deq_fusion_jax.unroll import Unroll, at_least_one
 
 __all__ = [
     "FUSIONS",
@@ -184,7 +181,7 @@ class LowRank(_Baseline):
     rank: int = 4
 
     def fuse(self, x, present):
-        _at_least_one(self, "rank")
+        at_least_one(self, "rank")
         start = nn.initializers.constant(self.rank**-0.5)
         weights = self.param("weights", start, (self.rank,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -217,8 +214,7 @@ class Attention(_Baseline):
     heads: int = 4
 
     def fuse(self, x, present):
-        if self.heads < 1 or self.features % self.heads:
-            raise ValueError(f"features={self.features} is no multiple of heads={self.heads}.")
+        check_heads(self.features, self.heads)
         init, d = nn.initializers.normal(0.02), self.features
         e = jnp.stack([self.param(f"embedding_{i}", init, (d,), jnp.float32) for i in x])
         t = jnp.stack([self.project(i, x[i]) for i in x], axis=-2)
@@ -232,7 +228,7 @@ class Attention(_Baseline):
         return jnp.sum(here * t, axis=-2) / jnp.maximum(jnp.sum(here, axis=-2), 1), None
 
 
-class WeightTied(CellFusion):
+class WeightTied(Unroll, CellFusion):
     r"""The weight-tied unroll: `steps` steps from zero, differentiated by backpropagation,
 
     $$z_{k+1} = f(z_k), \qquad z_0 = 0.$$
@@ -242,33 +238,13 @@ class WeightTied(CellFusion):
 
     Attributes:
       steps: K, the depth.
-      tol: relative residual at which `stats.converged` is True; it changes no step.
+      tol: relative residual at which `stats.converged` is True; it changes no step. None: it is
+        not measured, and `stats` are None.
       remat: recompute the inside of a step in the backward pass instead of storing it.
       features and the others: see `DEQFusion`, and there for the call and its errors.
     """
 
     steps: int = 10
-    tol: float = 1e-4
-    remat: bool = False
-
-    def iterate(
-        self,
-        cell: FusionCell,
-        z0: FusionState,
-        variables: Any,
-        injection: Injection,
-        adjoint0: Adjoint | None,
-    ) -> tuple[FusionState, SolveStats]:
-        if adjoint0 is not None:
-            raise ValueError("WeightTied solves no adjoint equation; adjoint0 is for DEQFusion.")
-        _at_least_one(self, "steps")
-        f = as_map(cell)
-        return unroll(f, z0, (variables, injection), self.steps, self.tol, self.remat)
-
-
-def _at_least_one(module: nn.Module, name: str) -> None:
-    if (value := getattr(module, name)) < 1:
-        raise ValueError(f"{type(module).__name__}({name}={value}): expected at least 1.")
 
 
 FUSIONS: dict[str, Callable[..., nn.Module]] = {

@@ -65,7 +65,7 @@ class Iterated(nn.Module):
 
     def run(
         self, cell: nn.Module, z0: PyTree, injection: PyTree, adjoint0: Adjoint | None
-    ) -> tuple[PyTree, SolveStats, jax.Array | None, jax.Array | None]:
+    ) -> tuple[PyTree, SolveStats | None, jax.Array | None, jax.Array | None]:
         """The state iterated to, how it went, and the Jacobian penalty and the spectral radius
         there, each if its rng is given."""
         if self.is_initializing():
@@ -89,8 +89,8 @@ class Iterated(nn.Module):
         variables: PyTree,
         injection: PyTree,
         adjoint0: Adjoint | None,
-    ) -> tuple[PyTree, SolveStats]:
-        """The state that the unbound cell is iterated to from z0, and how it went."""
+    ) -> tuple[PyTree, SolveStats | None]:
+        """The state that the unbound cell is iterated to from z0, and how it went, if measured."""
         raise NotImplementedError
 
 

@@ -6,13 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from deq_fusion_jax.cell import as_map
-from deq_fusion_jax.gradients import Adjoint
 from deq_fusion_jax.injection import Mask, Modalities
 from deq_fusion_jax.iterated import FusionOutput
 from deq_fusion_jax.layers import dense, layer_norm
-from deq_fusion_jax.state import PyTree
-from deq_fusion_jax.stats import SolveStats
 from deq_fusion_jax.token_cell import Attend, read_others
 from deq_fusion_jax.tokens import (
     InjectTokens,
@@ -22,12 +18,12 @@ from deq_fusion_jax.tokens import (
     TokenFusion,
     check_heads,
 )
-from deq_fusion_jax.unroll import unroll
+from deq_fusion_jax.unroll import Unroll
 
 __all__ = ["TOKEN_FUSIONS", "CrossAttention", "TokensUnrolled"]
 
 
-class TokensUnrolled(IteratedTokens):
+class TokensUnrolled(Unroll, IteratedTokens):
     r"""The map of `TokenFusion`, applied so many times and differentiated through:
 
     $$z_{k+1} = f(z_k), \qquad z_0 = x.$$
@@ -37,28 +33,12 @@ class TokensUnrolled(IteratedTokens):
 
     Attributes:
       steps: K; with 1 no solver and no recurrence is left.
-      tol: relative residual at which `stats.converged` is True; it changes no step.
+      tol: relative residual at which `stats.converged` is True; it changes no step. None: it is
+        not measured, and `stats` are None.
       remat: recompute the inside of a step in the backward pass instead of storing it.
     """
 
-    steps: int = 1
-    tol: float = 1e-3
-    remat: bool = False
-
-    def iterate(
-        self,
-        cell: Any,
-        z0: PyTree,
-        variables: PyTree,
-        injection: PyTree,
-        adjoint0: Adjoint | None,
-    ) -> tuple[PyTree, SolveStats]:
-        if adjoint0 is not None:
-            raise ValueError("TokensUnrolled solves no adjoint equation; see TokenFusion.")
-        if self.steps < 1:
-            raise ValueError(f"TokensUnrolled(steps={self.steps}): expected at least 1.")
-        args = variables, injection
-        return unroll(as_map(cell), z0, args, self.steps, self.tol, self.remat)
+    tol: float | None = 1e-3
 
 
 class CrossAttention(nn.Module):

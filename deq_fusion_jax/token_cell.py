@@ -120,8 +120,7 @@ class TokenCell(nn.Module):
         found = {}
         for name, x in injection.tokens.items():
             cross, whole = self.cross(name, z, injection), x + self._read(name, z, injection)
-            sizes = (jnp.linalg.norm(y, axis=-1, keepdims=True) for y in (cross, whole))
-            part, total = sizes
+            part, total = (jnp.linalg.norm(y, axis=-1, keepdims=True) for y in (cross, whole))
             found[name] = injection.there[name] * part / jnp.maximum(total, 1e-12)
         return found
 

@@ -24,7 +24,7 @@ from experiments.training.config import build_fusion
 from experiments.training.recipe import Recipe, adamw
 from experiments.training.schedule import Schedule
 from experiments.training.step import Gradient, init_state, train_step, updated
-from experiments.training.task import SOLVER_MEANS, Prediction, Task
+from experiments.training.task import Prediction, Task
 from experiments.training.train import fit
 
 RNG = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_gradients_are_clipped_to_a_norm():
 def test_shallow_is_the_unroll_of_the_same_cell(solved, unrolled, steps):
     model = Net(solved(8, solver=SOLVER, dropout=0.1))
     shallow = Recipe(shallow_steps=steps).shallow(model)
-    assert shallow.fusion == unrolled(8, steps=steps, dropout=0.1, tol=1e-3)
+    assert shallow.fusion == unrolled(8, steps=steps, dropout=0.1, tol=None)
     variables = model.init(jax.random.key(0), INPUTS)
     got = shallow.apply(variables, INPUTS).fusion
     expected = unrolled(8, steps=steps, dropout=0.1).apply(
@@ -162,7 +162,7 @@ class TestAShallowStart:
     def test_the_history_says_what_was_solved(self, whole):
         for row in whole.history:
             assert (row["solver"] is None) == (row["epoch"] <= 3)
-            solved = {*SOLVER_MEANS} <= row["train"].keys()
+            solved = {"converged", "mean_steps", "max_steps", "residual"} <= row["train"].keys()
             assert solved == (row["epoch"] > 3) == ("backward_converged" in row["train"])
         assert whole.history[-1]["train"]["converged"] == 1
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deq_fusion_jax import Anderson, DEQFusion, TokenFusion
+from deq_fusion_jax import DEQFusion, TokenFusion
 from deq_fusion_jax.baselines import WeightTied
 from deq_fusion_jax.iterated import Equilibrium
 from deq_fusion_jax.token_baselines import TokensUnrolled
@@ -52,27 +52,28 @@ class Recipe(NamedTuple):
     tol_start: float | None = None
     begin: int = 0
 
-    def risen(self, step: jax.Array) -> jax.Array:
+    def risen(self, step: jax.Array) -> jax.Array | float:
         """From 0 to 1 over the warm-up, [] float32: (step − begin + 1) / warmup, at most 1."""
-        return jnp.clip((step - self.begin + 1) / max(self.warmup, 1), 0, 1)
+        if not self.warmup:
+            return 1.0
+        return jnp.clip((step - self.begin + 1) / self.warmup, 0, 1)
 
-    def rate(self, step: jax.Array) -> jax.Array:
+    def rate(self, step: jax.Array) -> jax.Array | float:
         """Factor on what the optimiser changes in the fusion."""
         return self.fusion_rate * self.risen(step)
 
-    def jacobian_weight(self, weight: float, step: jax.Array) -> jax.Array:
+    def jacobian_weight(self, weight: float, step: jax.Array) -> jax.Array | float:
         start = self.jacobian_start
         return weight * (start + (1 - start) * self.risen(step))
 
     def loosened(self, model: nn.Module, step: jax.Array) -> nn.Module:
         """The model with the tolerance of that step; it falls by equal factors."""
-        fusion = getattr(model, "fusion", None)
-        if self.tol_start is None or not self.warmup or not isinstance(fusion, Equilibrium):
+        fusion: Any = getattr(model, "fusion", None)
+        if self.tol_start is None or not isinstance(fusion, Equilibrium):
             return model
-        assert isinstance(fusion.solver, Anderson)
-        last = fusion.solver.tol
-        tol = last * (self.tol_start / last) ** (1 - self.risen(step))
-        solver = dataclasses.replace(fusion.solver, tol=tol)
+        solver: Any = fusion.solver
+        tol = solver.tol * (self.tol_start / solver.tol) ** (1 - self.risen(step))
+        solver = dataclasses.replace(solver, tol=tol)
         return model.clone(fusion=fusion.clone(solver=solver))  # type: ignore[call-arg]
 
     def shallow(self, model: nn.Module) -> nn.Module:
@@ -83,7 +84,7 @@ class Recipe(NamedTuple):
         unrolled = UNROLLED[type(fusion)]
         names = {field.name for field in dataclasses.fields(unrolled)} - {"parent", "name"}
         shared = {name: getattr(fusion, name) for name in names if hasattr(fusion, name)}
-        options = shared | {"steps": self.shallow_steps, "tol": fusion.solver.tol}
+        options = shared | {"steps": self.shallow_steps, "tol": None}  # no solve, no statistics
         return model.clone(fusion=unrolled(**options))  # type: ignore[call-arg]
 
 

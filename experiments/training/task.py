@@ -172,9 +172,6 @@ def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Arr
     return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
 
-SOLVER_MEANS = ("converged", "mean_steps", "max_steps", "residual")
-
-
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:
     """Fraction converged, mean and largest step count and largest residual of a batch."""
     if stats is None:

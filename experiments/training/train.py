@@ -22,7 +22,6 @@ from experiments.training.feed import Feed, feed
 from experiments.training.schedule import Schedule
 from experiments.training.step import Seen, TrainState, copied, init_state
 from experiments.training.task import (
-    SOLVER_MEANS,
     Evaluation,
     Task,
     Variables,
@@ -219,8 +218,6 @@ class Training:
         seconds = 0.0
         if began is not None:
             seconds = self.history[-1]["seconds"] + time.monotonic() - began
-        if self.schedule.is_shallow(epoch):
-            row["solver"] = None
         self.history.append({"epoch": epoch} | row | {"seconds": seconds})
         self.sums, self.seconds = {}, 0.0
         if self._is_chosen():
@@ -244,10 +241,7 @@ class Training:
 
     def means(self) -> dict[str, float]:
         """Of what the steps saw since the last row."""
-        means = _means(self.sums)
-        if self.history and self.history[-1]["epoch"] < self.schedule.shallow:
-            return {name: x for name, x in means.items() if name not in SOLVER_MEANS}
-        return means
+        return _means(self.sums)
 
     def ending(self) -> str | None:
         """Why training is over; None where it is not."""
