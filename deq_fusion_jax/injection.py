@@ -1,6 +1,6 @@
 """What a fusion is given: the features of named modalities, projected, lifted and masked."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,11 +80,17 @@ class Inject(nn.Module):
     def _dropout_masks(self, modalities: Modalities, train: bool) -> Modalities | None:
         if self.dropout == 0 or not train:
             return None
-        keep, shape = 1 - self.dropout, next(iter(modalities.values())).shape
-        return {
-            name: jax.random.bernoulli(self.make_rng("dropout"), keep, shape) / keep
-            for name in (*modalities, "fused")
-        }
+        shape = next(iter(modalities.values())).shape
+        shapes = dict.fromkeys((*modalities, "fused"), shape)
+        return dropout_masks(self.dropout, shapes, partial(self.make_rng, "dropout"))
+
+
+def dropout_masks(
+    rate: float, shapes: Mapping[str, tuple[int, ...]], key: Callable[[], jax.Array]
+) -> Modalities:
+    """0 or 1/keep of each shape, by a new key for each."""
+    keep = 1 - rate
+    return {name: jax.random.bernoulli(key(), keep, shape) / keep for name, shape in shapes.items()}
 
 
 def lift_scale(x: jax.Array, floor: float, axes: Sequence[int] | None = None) -> jax.Array:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax.gradients import Adjoint
-from deq_fusion_jax.injection import Mask, Modalities, lift_scale, parse_mask
+from deq_fusion_jax.injection import Mask, Modalities, dropout_masks, lift_scale, parse_mask
 from deq_fusion_jax.iterated import Equilibrium, FusionOutput, Iterated
 from deq_fusion_jax.layers import dense
 from deq_fusion_jax.solvers import Anderson, Solver
@@ -51,11 +52,9 @@ class InjectTokens(nn.Module):
     def _dropout_masks(self, tokens: Modalities, train: bool) -> Modalities | None:
         if self.dropout == 0 or not train:
             return None
-        keep, rng = 1 - self.dropout, self.make_rng
-        return {
-            name: (jax.random.bernoulli(rng("dropout"), keep, x.shape) / keep).astype(x.dtype)
-            for name, x in tokens.items()
-        }
+        shapes = {name: x.shape for name, x in tokens.items()}
+        masks = dropout_masks(self.dropout, shapes, partial(self.make_rng, "dropout"))
+        return {name: mask.astype(tokens[name].dtype) for name, mask in masks.items()}
 
 
 def positions_there(inputs: Modalities, lengths: Lengths, mask: Mask) -> dict[str, jax.Array]:

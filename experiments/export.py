@@ -10,7 +10,6 @@ float32; a value that is not known (NaN) is 0 there, unless its whole position i
 
 import dataclasses
 import json
-import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -29,9 +28,9 @@ from experiments.common.files import read_json, versions
 from experiments.datasets.features import Recipe
 from experiments.run import EXPERIMENTS, Job, experiment
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.run_directory import saved_config
-from experiments.training.step import init_state
+from experiments.training.run_directory import options_of, saved_config
 from experiments.training.task import Variables, evaluate
+from experiments.training.train import selected
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -66,7 +65,7 @@ def run_again(run_dir: Path) -> tuple[Job, Any]:
     if saved.get("experiment") not in EXPERIMENTS:
         raise InputError(f"{run_dir} holds a run of {saved.get('experiment')!r}, not of ours")
     chosen = experiment(saved["experiment"])
-    config = chosen.parse_args(shlex.split(saved["command"])[3:])
+    config = chosen.parse_args(options_of(saved))
     if config.__dict__.get("data_sha256", "") != saved["config"].get("data_sha256", ""):
         raise InputError(f"the data have changed since {run_dir} was trained; bring them back")
     return chosen.job(config), config
@@ -75,12 +74,11 @@ def run_again(run_dir: Path) -> tuple[Job, Any]:
 def restored(job: Job, config: Any, run_dir: Path) -> Variables:
     """The variables that were tested, which have to give the test scores of results.json."""
     task = dataclasses.replace(job.task, warm_start=config.warm_start)
-    state = init_state(task, job.optimiser, job.dataset.train.inputs, config.seed)
+    what = task, job.optimiser, job.dataset.train.inputs, config.seed
     expected = read_json(run_dir / "results.json")["test"]
     for folder in ("refit", "checkpoints"):
-        found = Checkpoints(run_dir / folder).restore({"state": state, "best": state.learned})
-        if found:
-            variables = found[1]["best"]
+        variables = selected(*what, Checkpoints(run_dir / folder))
+        if variables:
             scores = evaluate(job.task, variables, job.dataset.test).metrics
             if all(np.isclose(scores[name], value) for name, value in expected.items()):
                 return variables

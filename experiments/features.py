@@ -141,12 +141,11 @@ class FeaturesModel(nn.Module):
         self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
     ) -> Prediction:
         present = ModalityDropout(self.modality_dropout)(presence(inputs), train)
-        encoded = {}
+        encoded, tokens = {}, takes_positions(self.fusion)
+        options = self.features, self.hidden, self.dropout, self.positions, tokens
         for name, x in inputs.items():
             if train and self.mixing:
                 x = mix_rows(self.make_rng("dropout"), x, x, self.mixing)
-            tokens = takes_positions(self.fusion)
-            options = self.features, self.hidden, self.dropout, self.positions, tokens
             encoded[name] = FeatureEncoder(*options, name=f"encode_{name}")(x, train)
         out = fuse(self.fusion, encoded, present, train=train, **start)
         fused = nn.Dropout(self.head_dropout, deterministic=not train)(out.fused)

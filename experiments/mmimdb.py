@@ -27,6 +27,7 @@ from experiments.common.errors import exit_cleanly
 from experiments.datasets import Dataset, mmimdb
 from experiments.datasets.text import tokenised
 from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
+from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
@@ -112,7 +113,7 @@ class MMIMDBModel(nn.Module):
         self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
     ) -> Prediction:
         encoded = {name: self.encoders[name](x, train) for name, x in inputs.items()}
-        out = self.fusion(encoded, train=train, **start)
+        out = fuse(self.fusion, encoded, train=train, **start)
         return Prediction(nn.Dense(self.classes, name="head")(out.fused), out)
 
 
@@ -121,8 +122,8 @@ def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(prediction.logits, labels).mean()
 
 
-def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
-    """The data, ready for the device, and an encoder for each modality."""
+def read(config: Config, tokens: bool = False) -> tuple[Dataset, dict[str, nn.Module]]:
+    """The data, ready for the device, and an encoder for each modality, into `tokens` if raw."""
     dataset = mmimdb.load(
         config.data_dir,
         config.cache_dir,
@@ -133,21 +134,22 @@ def read(config: Config) -> tuple[Dataset, dict[str, nn.Module]]:
     )
     dataset, vocabulary = tokenised(dataset, config.vocabulary, config.plot_length)
     encoders: dict[str, nn.Module] = {}
+    width, raw = config.features, dict[str, Any](dropout=config.dropout, tokens=tokens)
     for name, x in dataset.train.inputs.items():
         if x.dtype == np.int32:
-            encoders[name] = PlotEncoder(vocabulary, config.features, dropout=config.dropout)
+            encoders[name] = PlotEncoder(vocabulary, width, **raw)
         elif x.ndim == 4:
-            encoders[name] = PosterCNN(config.features, dropout=config.dropout)
+            encoders[name] = PosterCNN(width, **raw)
         else:
-            width = config.hidden[0] if name == "text" else config.hidden[1]
-            encoders[name] = MaxoutMLP((width, config.features), config.dropout)
+            hidden = config.hidden[0] if name == "text" else config.hidden[1]
+            encoders[name] = MaxoutMLP((hidden, width), config.dropout)
     return dataset, encoders
 
 
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
     fusion = build_fusion(config, modalities(config))
-    dataset, encoders = read(config)
+    dataset, encoders = read(config, takes_positions(fusion))
     task = Task(
         MMIMDBModel(FrozenDict(encoders), fusion, len(dataset.classes)),
         loss,

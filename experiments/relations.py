@@ -15,10 +15,10 @@ One application of the map finds the pair of a relation, one more hands its name
 relation: k steps take 2 k - 1 applications, or fewer where the scene has put pairs together before.
 """
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, build_fusion, require
 from experiments.training.metrics import Metrics, Results
 from experiments.training.recipe import adamw
-from experiments.training.run_directory import saved_config
+from experiments.training.run_directory import options_of, saved_config
 from experiments.training.schedule import Schedule
-from experiments.training.step import init_state
 from experiments.training.task import Prediction, Task, Variables, softmax
+from experiments.training.train import selected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +147,13 @@ def weights_of(run_dir: Path, task: Task) -> Variables:
     saved = saved_config(run_dir)
     if saved is None or saved.get("experiment") != "relations":
         raise InputError(f"--start {run_dir}: expected the directory of a run of this experiment")
-    config = replace(parse_args(shlex.split(saved["command"])[3:]), start=None)
-    other = job(config)
+    config = parse_args(options_of(saved))
+    other, folder = job(config), Checkpoints(run_dir / "checkpoints")
     inputs = other.dataset.train.inputs
-    state = init_state(other.task, other.optimiser, inputs, config.seed)
-    found = Checkpoints(run_dir / "checkpoints").restore({"state": state, "best": state.learned})
-    if not found:
+    kept = replace(other.task, warm_start=config.warm_start)
+    weights = selected(kept, other.optimiser, inputs, config.seed, folder)
+    if weights is None:
         raise InputError(f"--start {run_dir}: expected a run that has saved a checkpoint")
-    weights = found[1]["best"]
     row = {name: x[:1] for name, x in inputs.items()}
     expected = jax.eval_shape(task.model.init, jax.random.key(0), row)["params"]
     if jax.tree.map(jnp.shape, weights.params) != jax.tree.map(jnp.shape, expected):
@@ -196,7 +195,6 @@ def job(config: Config) -> Job:
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     epochs, size, patience = config.epochs, config.batch_size, config.patience
     schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
-    start = weights_of(config.start, task) if config.start else None
     return Job(
         "relations",
         dataset,
@@ -204,7 +202,7 @@ def job(config: Config) -> Job:
         optimiser,
         schedule,
         floors=lambda _: (floors, ()),
-        start=start,
+        start=partial(weights_of, config.start, task) if config.start else None,
     )
 
 

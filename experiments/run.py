@@ -50,7 +50,7 @@ from experiments.training.train import Fitted, refit
 from experiments.training.warm import free_bytes, needed_bytes
 
 OUTCOME = ("results.json", "report.md", "report.html")
-EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "relations", "features")
+EXPERIMENTS = ("mmimdb", "multiomics", "mosi", "vqa", "relations", "features")
 Floors = tuple[Mapping[str, Metrics], Sequence[str]]
 Config = TypeVar("Config", bound=CommonConfig)
 
@@ -73,7 +73,7 @@ class Job(NamedTuple):
         seconds at most.
       notes: sentences for the terminal and the report.
       recipe: how inputs as the data have them become those of `dataset`; None: they are those.
-      start: weights to begin with; None: random ones.
+      start: makes the weights to begin with; None: random ones.
     """
 
     experiment: str
@@ -85,7 +85,7 @@ class Job(NamedTuple):
     floors: Callable[[float], Floors] = lambda seconds: ({}, ())
     notes: Sequence[str] = ()
     recipe: Recipe | None = None
-    start: Variables | None = None
+    start: Callable[[], Variables] | None = None
 
 
 def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) -> Results:
@@ -98,6 +98,7 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
     started = time.monotonic()
     with joined(config.parallel), opened_run(experiment, config) as run_dir:
         job = job_of(config)
+        start = job.start and job.start()
         by_the_first(lambda: begin_run(run_dir, experiment, config, job.schedule._asdict()))
         with mesh_of(config.parallel):
             if config.warm_start:
@@ -106,7 +107,7 @@ def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) ->
             for note in job.notes:
                 log(note)
             log(f"{experiment}: {config.fusion}, seed {config.seed}, {job.dataset.description}")
-            outcome = learn(job, config, run_dir)
+            outcome = learn(job, config, run_dir, start)
         floors, of_floors = job.floors(outcome.seconds) if is_first() else ({}, ())
         results = results_of(job, config, outcome, floors)
         if is_first():
@@ -147,10 +148,10 @@ class Outcome(NamedTuple):
         return sum(training.history[-1]["seconds"] for training in both)
 
 
-def learn(job: Job, config: CommonConfig, run_dir: Path) -> Outcome:
+def learn(job: Job, config: CommonConfig, run_dir: Path, start: Variables | None = None) -> Outcome:
     """Trains, and evaluates the selected epoch; within the mesh, if there is one."""
     job = job._replace(task=dataclasses.replace(job.task, model=shard_model(job.task.model)))
-    fitted, final = train(job, config, run_dir)
+    fitted, final = train(job, config, run_dir, start)
     log("Evaluating the selected epoch, then drawing the report …")
     on_test = evaluate(job.task, final.best, job.dataset.test)
     last_epoch = evaluate(job.task, final.last.learned, job.dataset.test)
@@ -210,11 +211,13 @@ def write_run(
     write_text(run_dir / "report.html", page(text, run_dir))
 
 
-def train(job: Job, config: CommonConfig, run_dir: Path) -> tuple[Fitted, Fitted]:
+def train(
+    job: Job, config: CommonConfig, run_dir: Path, start: Variables | None = None
+) -> tuple[Fitted, Fitted]:
     """The training that selects the epoch, and the one that is tested: the same, or its refit."""
     task, optimiser, schedule, seed = job.task, job.optimiser, job.schedule, config.seed
     test = job.dataset.test if config.official_selection else None
-    begun: dict[str, Any] = {"start": job.start} if job.start else {}
+    begun: dict[str, Any] = {"start": start} if start else {}
     with stopping(schedule, bool(job.dataset.stream), run_dir) as stop:
         saved = checkpoints(run_dir, "checkpoints", "metrics.jsonl", *OUTCOME)
         may_stop = schedule.patience is not None

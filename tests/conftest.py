@@ -32,6 +32,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = (ROOT / "tests" / "goldens", ROOT.parent / "shared" / "goldens")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """What a file's tests have compiled goes: a whole suite is more than a process may map."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """The test computes in float64, in every thread: callbacks run in others."""

@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 from experiments import relations
 from experiments.datasets import relations as data
 from experiments.datasets.relations import DEEPEST, RELATIONS
+from experiments.training.run_directory import options_of, saved_config
 
 OBJECTS = 9
 
@@ -228,6 +229,10 @@ class TestExperiment:
         assert status == 0, err
         scores = [json.loads((tmp_path / run / "results.json").read_text())["test"] for run in "ab"]
         assert scores[0] == scores[1]  # the test rows are the same
+        (tmp_path / "a").rename(tmp_path / "gone")  # what was begun with is not needed again
+        exported = relations.parse_args(options_of(saved_config(tmp_path / "b")))
+        assert relations.job(exported).start is not None
+        start = "--start", tmp_path / "gone"
         for wrong in (["--features", 12], ["--fusion", "sum"]):
             status, _, err = main("--run-dir", tmp_path / "c", *options, *start, *wrong)
             assert status == 2 and "its weights, of --fusion concat --features 8" in err

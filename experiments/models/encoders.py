@@ -1,4 +1,4 @@
-"""Encoders of single modalities: features, posters and plots to vectors [N, d]."""
+"""Encoders of single modalities: features, posters and plots to vectors [N, d], or `Tokens`."""
 
 from typing import Literal
 
@@ -31,23 +31,35 @@ class MaxoutMLP(nn.Module):
 
 
 class PosterCNN(nn.Module):
-    """A small convolutional network: posters [N, h, w, 3] uint8 → [N, features].
+    """A small convolutional network: posters [N, h, w, 3] uint8 → [N, features], or `Tokens`.
 
-    Strided 3×3 convolutions with group normalisation, then the mean over positions.
+    Strided 3×3 convolutions with group normalisation, then the mean over positions; with `tokens`
+    every position for itself, marked by a learned vector.
     """
 
     features: int
     channels: tuple[int, ...] = (16, 32, 64, 128)
     dropout: float = 0.3
+    tokens: bool = False
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array | Tokens:
         x = images.astype(jnp.float32) / 127.5 - 1
         for channels in self.channels:
             x = nn.Conv(channels, (3, 3), strides=2, use_bias=False)(x)
             x = nn.relu(nn.GroupNorm(num_groups=8)(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
-        return nn.Dense(self.features)(x)
+        x = Places()(x) if self.tokens else jnp.mean(x, axis=(1, 2))
+        x = nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
+        return Tokens(x, jnp.ones(x.shape[:2], bool)) if self.tokens else x
+
+
+class Places(nn.Module):
+    """Positions [N, …, d] → [N, T, d] in rows, each marked by a learned vector of its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x += self.param("places", nn.initializers.normal(0.02), x.shape[1:])
+        return x.reshape(len(x), -1, x.shape[-1])
 
 
 class TokenEncoder(nn.Module):
@@ -71,25 +83,30 @@ class TokenEncoder(nn.Module):
 
 
 class PlotEncoder(nn.Module):
-    """A small text encoder: tokens [N, T] int32, 0 where there is none → [N, features].
+    """A small text encoder: words [N, T] int32, 0 where there is none → [N, features], or `Tokens`.
 
-    The largest value over the positions that hold a word, of a `TokenEncoder` (Kim, 2014).
+    The largest value over the positions that hold a word, of a `TokenEncoder` (Kim, 2014); with
+    `tokens` every position for itself.
     """
 
     vocabulary: int
     features: int
     embedding: int = 128
     dropout: float = 0.3
+    tokens: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, words: jax.Array, train: bool) -> jax.Array | Tokens:
         encoder = TokenEncoder(self.vocabulary, self.features, self.embedding, self.dropout)
-        x = jnp.max(encoder(tokens, train), axis=1)
-        return nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
+        x = encoder(words, train)
+        x = x if self.tokens else jnp.max(x, axis=1)
+        x = nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
+        return Tokens(x, words > 0) if self.tokens else x
 
 
 class UtteranceEncoder(nn.Module):
-    """An utterance among its neighbours: [N, W, d], itself in the middle → [N, features].
+    """An utterance among its neighbours: [N, W, d], itself in the middle → [N, features], or with
+    `tokens` → `Tokens`, the h_j below through a linear layer, each marked by its place.
 
     h_j = ReLU(W x_j + b) for every utterance; the result is W' h_own + W'' Σ_j a_j h_j + b', with
     a = softmax over the neighbours that are there of a learned logit for each place. NaN marks a
@@ -103,9 +120,10 @@ class UtteranceEncoder(nn.Module):
     hidden: int
     dropout: float = 0.3
     corruption: float = 0.0
+    tokens: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array | Tokens:
         middle, there = x.shape[1] // 2, ~jnp.isnan(x).any(axis=-1)
         x = jnp.where(there[..., None], x, 0)
         if train and self.corruption:
@@ -113,6 +131,8 @@ class UtteranceEncoder(nn.Module):
             x = mix_rows(self.make_rng("dropout"), every, own, self.corruption).reshape(x.shape)
         h = nn.relu(nn.Dense(self.hidden)(x))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        if self.tokens:
+            return Tokens(nn.Dense(self.features)(Places()(h)), there)
         out = nn.Dense(self.features)(h[:, middle])
         if middle == 0:
             return out
@@ -167,20 +187,18 @@ class FeatureEncoder(nn.Module):
         x = jnp.where(unknown, 0, x)
         drop = nn.Dropout(self.dropout, deterministic=not train)
         ordered = self.positions == "ordered" and axes in COARSE
+        image, tokens = ordered and axes == 2, self.tokens and axes > 0
         if ordered:
             h, there = PositionEncoder(-(-self.hidden // 2))(x, there)
         else:
             h = drop(nn.relu(nn.Dense(self.hidden)(x)))
-        read = nn.Dense(self.features)
-        if self.tokens and axes:
-            if ordered and axes == 2:
-                h = h + self.param("places", nn.initializers.normal(0.02), h.shape[1:])
-            rows = len(h)
-            h = (drop(h) if ordered else h).reshape(rows, -1, h.shape[-1])
-            return Tokens(read(h), there.reshape(rows, -1))
-        flat = ordered and axes == 2
-        h = h.reshape(len(h), -1) if flat else mean_over_positions(h, there)
-        return read(drop(h) if ordered else h)
+        if tokens:
+            h = Places()(h) if image else h.reshape(len(h), -1, h.shape[-1])
+            there = there.reshape(len(there), -1, 1)
+        else:
+            h = h.reshape(len(h), -1) if image else mean_over_positions(h, there)
+        read = nn.Dense(self.features)(drop(h) if ordered else h)
+        return Tokens(read, there[..., 0]) if tokens else read
 
 
 class PositionEncoder(nn.Module):

@@ -9,6 +9,7 @@ import optax
 
 from experiments.datasets import mosi
 from experiments.models.encoders import TokenEncoder, UtteranceEncoder
+from experiments.models.tokens import Tokens, fuse, takes_positions
 from experiments.training.task import Prediction
 
 
@@ -28,12 +29,12 @@ class UtterancesModel(nn.Module):
     def __call__(
         self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
     ) -> Prediction:
-        encoded = {}
+        encoded, tokens = {}, takes_positions(self.fusion)
+        sizes = self.features, self.hidden, self.dropout
         for modality, share in zip(mosi.MODALITIES, self.corruption, strict=True):
-            name = f"encode_{modality}"
-            encoder = UtteranceEncoder(self.features, self.hidden, self.dropout, share, name=name)
+            encoder = UtteranceEncoder(*sizes, share, tokens, name=f"encode_{modality}")
             encoded[modality] = encoder(inputs[modality], train)
-        out = self.fusion(encoded, train=train, **start)
+        out = fuse(self.fusion, encoded, train=train, **start)
         return Prediction(nn.Dense(2, name="head")(out.fused), out)
 
 
@@ -46,7 +47,8 @@ class AlignedModel(nn.Module):
     """Encoders → fusion at every position → mean → linear: {modality: [N, 50, …]} → [N, 1].
 
     "text" are tokens, 0 where there is none, or states [N, 50, d], which are 0 there. The mean is
-    over the positions that hold a token.
+    over the positions that hold a token. A fusion of positions has all of these at once, and needs
+    no mean.
     """
 
     fusion: nn.Module
@@ -69,10 +71,14 @@ class AlignedModel(nn.Module):
             encoded = {"text": nn.Dense(self.features, name="encode_text")(text)}
         if "audio" in inputs:
             encoded["audio"] = nn.Dense(self.features, name="encode_audio")(inputs["audio"])
+        head = nn.Dense(1, name="head")
+        if takes_positions(self.fusion):
+            tokens = {name: Tokens(x, there) for name, x in encoded.items()}
+            out = fuse(self.fusion, tokens, train=train, **start)
+            return Prediction(head(out.fused), out)
         encoded = {name: jnp.where(there[..., None], x, 0) for name, x in encoded.items()}
         out = self.fusion(encoded, train=train, **start)
-        mean = jnp.mean(out.fused, axis=1, where=there[..., None])
-        return Prediction(nn.Dense(1, name="head")(mean), out)
+        return Prediction(head(jnp.mean(out.fused, axis=1, where=there[..., None])), out)
 
 
 def half_squared_error(prediction: Prediction, labels: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """How the models of experiments fuse vectors, or positions where the fusion takes them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ def takes_positions(fusion: nn.Module) -> bool:
 
 
 def fuse(
-    fusion: nn.Module, encoded: dict[str, jax.Array | Tokens], *args: Any, **options: Any
+    fusion: nn.Module, encoded: Mapping[str, jax.Array | Tokens], *args: Any, **options: Any
 ) -> FusionOutput:
     """A fusion of encoded modalities, told which positions there are where they have any."""
     there = {name: x.there for name, x in encoded.items() if isinstance(x, Tokens)}

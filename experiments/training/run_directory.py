@@ -136,6 +136,11 @@ def is_shorter(epochs: int | None, others: int | None) -> bool:
     return epochs is not None and others is not None and epochs < others
 
 
+def options_of(saved: Mapping[str, Any]) -> list[str]:
+    """The options in the command line that config.json has."""
+    return shlex.split(saved["command"])[3:]
+
+
 def command_line(experiment: str, config: CommonConfig) -> str:
     """The command line that repeats the run."""
     named: list[str] = []

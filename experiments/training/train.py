@@ -253,6 +253,19 @@ class Training:
         return Fitted(self.best, self.state, self.history, self.best_epoch, ending)
 
 
+def selected(
+    task: Task,
+    optimiser: optax.GradientTransformation,
+    inputs: PyTree,
+    seed: int,
+    checkpoints: Checkpoints,
+) -> Variables | None:
+    """The variables that a training has selected so far; None where it has saved none."""
+    state = init_state(task, optimiser, inputs, seed)
+    found = checkpoints.restore({"state": state, "best": state.learned})
+    return found[1]["best"] if found else None
+
+
 def refit(
     chosen: Fitted,
     task: Task,

@@ -1,0 +1,125 @@
+"""The model of `experiments.vqa`: a picture and a question to an answer, and where they meet."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deq_fusion_jax import FusionOutput, SolveStats
+from experiments.models.encoders import Places, TokenEncoder, mean_over_positions
+from experiments.models.tokens import Tokens, fuse, takes_positions
+from experiments.training.task import Prediction
+
+Place = Literal["late", "middle", "early"]
+
+
+class VQAModel(nn.Module):
+    """{"image" [N, 32, 32, 3] uint8, "question" [N, T] int32} → logits [N, answers].
+
+    Convolutions leave 8 × 8 cells of the picture, then 4 × 4; a `TokenEncoder` makes states of the
+    words. A fusion of positions takes the 4 × 4 cells and the words. The others take the question
+    as one vector, from the mean over words, and meet the picture at a `place`:
+
+    late: its cells as one vector, read one by one.
+    middle: every one of 4 × 4 cells; then comes the mean over cells.
+    early: every one of 8 × 8 cells; then come the last convolution and the mean.
+
+    Middle and early, a solve has one residual for all cells of a picture; with `alone` every cell
+    is a sample of its own.
+    """
+
+    fusion: nn.Module
+    answers: int
+    vocabulary: int
+    features: int
+    dropout: float
+    place: Place = "late"
+    alone: bool = False
+
+    def setup(self) -> None:
+        d = self.features
+        self.encode_question = TokenEncoder(self.vocabulary, d, d, self.dropout)
+        self.fine = nn.Sequential([Convolution(16), Convolution(32)])
+        self.coarse = Convolution(d)
+        self.places = Places()
+        self.read_question, self.read_image, self.head = (
+            nn.Dense(d),
+            nn.Dense(d),
+            nn.Dense(self.answers),
+        )
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(
+        self, inputs: dict[str, jax.Array], train: bool = False, **start: Any
+    ) -> Prediction:
+        question = inputs["question"]
+        there = question > 0
+        words = self.encode_question(question, train)
+        cells = self.fine(inputs["image"].astype(jnp.float32) / 127.5 - 1)
+        if takes_positions(self.fusion):
+            cells = self.places(self.drop(self.coarse(cells), not train))
+            every = jnp.ones(cells.shape[:2], bool)
+            tokens = {"image": Tokens(cells, every), "question": Tokens(words, there)}
+            out = fuse(self.fusion, tokens, train=train, **start)
+            return Prediction(self.head(out.fused), out)
+        mean = mean_over_positions(words, there[..., None])
+        asked = self.read_question(self.drop(mean, not train))
+        out, fused = getattr(self, f"_{self.place}")(cells, asked, train, start)
+        return Prediction(self.head(fused), out)
+
+    def _late(self, cells: jax.Array, asked: jax.Array, train: bool, start: Any) -> Any:
+        cells = self.coarse(cells)
+        seen = self.read_image(self.drop(cells.reshape(len(cells), -1), not train))
+        out = self.fusion({"image": seen, "question": asked}, train=train, **start)
+        return out, out.fused
+
+    def _middle(self, cells: jax.Array, asked: jax.Array, train: bool, start: Any) -> Any:
+        cells = self.drop(self.coarse(cells), not train)
+        out, cells = self._at_cells(cells, asked, train, start)
+        return out, jnp.mean(cells, axis=(1, 2))
+
+    def _early(self, cells: jax.Array, asked: jax.Array, train: bool, start: Any) -> Any:
+        out, cells = self._at_cells(self.drop(cells, not train), asked, train, start)
+        return out, jnp.mean(self.coarse(cells), axis=(1, 2))
+
+    def _at_cells(
+        self, cells: jax.Array, asked: jax.Array, train: bool, start: Any
+    ) -> tuple[FusionOutput, jax.Array]:
+        """The fusion's output, and what it makes of cells [N, H, W, c] and vectors [N, d]."""
+        shape = (*cells.shape[:-1], self.features)
+        encoded = {"image": cells, "question": jnp.broadcast_to(asked[:, None, None], shape)}
+        if self.alone:
+            encoded = {name: x.reshape(-1, x.shape[-1]) for name, x in encoded.items()}
+        out = self.fusion(encoded, train=train, **start)
+        if not self.alone:
+            return out, out.fused
+        fused = out.fused.reshape(shape)
+        gates = jax.tree.map(lambda x: x.reshape(shape), out.gates)
+        stats = out.stats and of_pictures(out.stats, len(cells))
+        return out._replace(gates=gates, stats=stats), fused
+
+
+def of_pictures(stats: SolveStats, pictures: int) -> SolveStats:
+    """Statistics of pictures from those of their cells, [pictures · cells]: the worst of them."""
+
+    def cells(x: jax.Array) -> jax.Array:
+        return x.reshape(pictures, -1)
+
+    return SolveStats(
+        cells(stats.steps).max(1),
+        cells(stats.residual).max(1),
+        cells(stats.converged).all(1),
+        status=None if stats.status is None else cells(stats.status).max(1),
+    )
+
+
+class Convolution(nn.Module):
+    """3 × 3, stride 2, group normalisation, ReLU: [N, H, W, …] → [N, H / 2, W / 2, channels]."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(self.channels, (3, 3), strides=2, use_bias=False)(x)
+        return nn.relu(nn.GroupNorm(num_groups=4)(x))
