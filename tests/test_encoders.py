@@ -1,5 +1,6 @@
 """Encoders of single modalities, and plots as tokens."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.datasets.text import PADDING, UNKNOWN, build_vocabulary, encode, words
 from experiments.models.encoders import (
+    Convolution,
     FeatureEncoder,
     MaxoutMLP,
     PlotEncoder,
@@ -127,6 +129,8 @@ class TestPlotEncoder:
         module, variables, tokens = plots
         p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
         token, expected = p["TokenEncoder_0"], []
+        conv = token["Convolution_0"]["Dense_0"]
+        kernel = conv["kernel"].reshape(3, 5, 6)
         for row in tokens:
             vectors = [
                 np.zeros(5),
@@ -135,8 +139,8 @@ class TestPlotEncoder:
             ]
             best = np.zeros(6)
             for i in range(1, len(vectors) - 1):
-                window = sum(vectors[i + k - 1] @ token["Conv_0"]["kernel"][k] for k in range(3))
-                best = np.maximum(best, window + token["Conv_0"]["bias"])
+                window = sum(vectors[i + k - 1] @ kernel[k] for k in range(3))
+                best = np.maximum(best, window + conv["bias"])
             expected.append(best @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"])
         np.testing.assert_allclose(module.apply(variables, tokens, False), expected, atol=1e-5)
 
@@ -174,8 +178,9 @@ class TestTokenEncoder:
         tokens = np.array([[5, 3, 9, 2], [7, 0, 0, 0], [4, 6, 0, 0]], np.int32)
         variables = trained(module, tokens)
         params = variables["params"]
-        embedding, conv = np.asarray(params["Embed_0"]["embedding"]), params["Conv_0"]
-        kernel = np.asarray(conv["kernel"])  # [3, 5, 6]
+        embedding = np.asarray(params["Embed_0"]["embedding"])
+        conv = params["Convolution_0"]["Dense_0"]
+        kernel = np.asarray(conv["kernel"]).reshape(3, 5, 6)
         got = module.apply(variables, tokens, False)
         for row, ids in zip(got, tokens, strict=True):
             words = [embedding[i] if i else np.zeros(5) for i in (0, *ids, 0)]
@@ -342,3 +347,15 @@ class TestFeatureEncoder:
         encoder = FeatureEncoder(4, 8, 0.3, tokens=True)
         x = np.ones((3, 5), np.float32)
         assert encoder.apply(trained(encoder, x), x, False).shape == (3, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3), (2, 8, 3), (2, 6, 5, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_flax_s(shape, stride):
+    x, axes = jax.random.normal(jax.random.key(0), shape), len(shape) - 2
+    variables = Convolution(4, stride).init(jax.random.key(1), x)
+    kernel, bias = (variables["params"]["Dense_0"][name] for name in ("kernel", "bias"))
+    convolution = nn.Conv(4, (3,) * axes, stride, padding=1)
+    params = {"kernel": kernel.reshape(*[3] * axes, 3, 4), "bias": bias}
+    expected = convolution.apply({"params": params}, x)
+    np.testing.assert_allclose(Convolution(4, stride).apply(variables, x), expected, atol=1e-5)

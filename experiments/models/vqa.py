@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax import FusionOutput, SolveStats
-from experiments.models.encoders import Places, TokenEncoder, mean_over_positions
+from experiments.models.encoders import Convolution, Places, TokenEncoder, mean_over_positions
 from experiments.models.tokens import Tokens, fuse, takes_positions
 from experiments.training.task import Prediction
 
@@ -25,8 +25,8 @@ class VQAModel(nn.Module):
     middle: every one of 4 × 4 cells; then comes the mean over cells.
     early: every one of 8 × 8 cells; then come the last convolution and the mean.
 
-    Middle and early, a solve has one residual for all cells of a picture; with `alone` every cell
-    is a sample of its own.
+    Middle and early, a picture is one sample: its cells share a residual, a lift and the statistics
+    of group normalisation. With `alone` every cell is a sample of its own.
     """
 
     fusion: nn.Module
@@ -40,8 +40,8 @@ class VQAModel(nn.Module):
     def setup(self) -> None:
         d = self.features
         self.encode_question = TokenEncoder(self.vocabulary, d, d, self.dropout)
-        self.fine = nn.Sequential([Convolution(16), Convolution(32)])
-        self.coarse = Convolution(d)
+        self.fine = nn.Sequential([Halved(16), Halved(32)])
+        self.coarse = Halved(d)
         self.places = Places()
         self.read_question, self.read_image, self.head = (
             nn.Dense(d),
@@ -114,12 +114,12 @@ def of_pictures(stats: SolveStats, pictures: int) -> SolveStats:
     )
 
 
-class Convolution(nn.Module):
-    """3 × 3, stride 2, group normalisation, ReLU: [N, H, W, …] → [N, H / 2, W / 2, channels]."""
+class Halved(nn.Module):
+    """A `Convolution` of stride 2, group normalisation, ReLU."""
 
     channels: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Conv(self.channels, (3, 3), strides=2, use_bias=False)(x)
+        x = Convolution(self.channels, stride=2, use_bias=False)(x)
         return nn.relu(nn.GroupNorm(num_groups=4)(x))
