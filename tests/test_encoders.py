@@ -359,3 +359,44 @@ def test_a_convolution_is_flax_s(shape, stride):
     params = {"kernel": kernel.reshape(*[3] * axes, 3, 4), "bias": bias}
     expected = convolution.apply({"params": params}, x)
     np.testing.assert_allclose(Convolution(4, stride).apply(variables, x), expected, atol=1e-5)
+
+
+class TestTokens:
+    """Positions kept: what becomes one vector is read from them, one by one."""
+
+    def test_of_a_poster(self):
+        images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+        module = PosterCNN(6, (8, 16), tokens=True)
+        params = trained(module, images)["params"]
+        tokens = module.apply({"params": params}, images, False)
+        assert tokens.x.shape == (2, 8 * 12, 6) and tokens.there.all()
+        places = params.pop("Places_0")["places"]
+        pooled = PosterCNN(6, (8, 16)).apply({"params": params}, images, False)
+        marked = places.mean((0, 1)) @ params["Dense_0"]["kernel"]
+        np.testing.assert_allclose(tokens.x.mean(1) - marked, pooled, rtol=1e-4, atol=1e-5)
+
+    def test_of_a_plot(self):
+        words = np.array([[5, 3, 9, 2], [7, 0, 0, 0]], np.int32)
+        module = PlotEncoder(10, 6, 5, tokens=True)
+        params = trained(module, words)["params"]
+        tokens = module.apply({"params": params}, words, False)
+        np.testing.assert_array_equal(tokens.there, words > 0)
+        states = TokenEncoder(10, 6, 5).apply({"params": params["TokenEncoder_0"]}, words, False)
+        read = params["Dense_0"]
+        np.testing.assert_allclose(tokens.x, states @ read["kernel"] + read["bias"], rtol=1e-5)
+
+    def test_of_utterances(self):
+        x = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+        x[1, 2] = np.nan  # there is none
+        module = UtteranceEncoder(4, 6, tokens=True)
+        params = trained(module, x)["params"]
+        tokens = module.apply({"params": params}, x, False)
+        assert tokens.there.tolist() == [[True] * 3, [True, True, False]]
+        for place in range(3):
+            one = {name: params[name] for name in ("Dense_0", "Dense_1")}
+            marked = params["Places_0"]["places"][place] @ one["Dense_1"]["kernel"]
+            alone = UtteranceEncoder(4, 6).apply({"params": one}, x[:, place : place + 1], False)
+            there = ~np.isnan(x[:, place, 0])
+            np.testing.assert_allclose(
+                (tokens.x[:, place] - marked)[there], alone[there], rtol=1e-4, atol=1e-5
+            )

@@ -162,6 +162,15 @@ class TestRaw:
         plots = 128 * vocabulary + 3 * 128 * 16 + 16 + 16 * 16 + 16
         assert found["parameters"] == posters + plots + (32 * 16 + 16) + (16 * 23 + 23)
 
+    @pytest.mark.slow
+    def test_words_and_cells_are_fused(self, main, raw, tmp_path):
+        status, _, err = main(
+            "--data-dir", raw, "--fusion", "tokens", "--run-dir", tmp_path / "run",
+            "--plot-length", 8, "--epochs", 1,
+        )  # fmt: skip
+        assert status == 0, err
+        assert results(tmp_path / "run")["solver"]["converged"] == 1
+
     def test_the_vocabulary_is_of_the_training_plots(self, raw, home):
         config = mmimdb.parse_args(["--data-dir", str(raw), "--cache-dir", str(home / "cache")])
         dataset, encoders = mmimdb.read(config)

@@ -50,6 +50,21 @@ def floor_of(run_dir, name):
     return [float(cell.replace("–", "nan")) for row in rows for cell in row.split("|")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["utterances", "aligned"])
+def test_positions_are_fused(main, made_up, aligned, tmp_path, form):
+    folder, options = made_up, ("--context", 2)
+    if form == "aligned":
+        folder, options = aligned, ("--form", "aligned")
+    status, _, err = main(
+        "--data-dir", folder, *options, "--fusion", "tokens", "--epochs", 1, "--run-dir",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0, err
+    results = results_of(tmp_path / "run")
+    assert results["fusion"] == "tokens" and results["solver"]["converged"] == 1
+
+
 class TestUtterances:
     @pytest.mark.slow
     def test_real(self, main, tmp_path):

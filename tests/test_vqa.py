@@ -135,6 +135,7 @@ class TestModel:
         np.testing.assert_allclose(stats.residual, [0.2, 0.7])
         assert stats.status.tolist() == [0, 2]
 
+    @pytest.mark.slow
     def test_padding_and_batch_mates_change_nothing(self):
         model, inputs = self.model(fusion=TokenFusion(16, solver=Anderson(tol=1e-5))), self.inputs()
         variables = model.init(jax.random.key(0), inputs)
@@ -154,6 +155,7 @@ class TestModel:
         ("--fusion", "gmu", "--place", "middle"),
         ("--fusion", "weight_tied", "--place", "middle", "--alone"),
         ("--fusion", "question"),
+        ("--fusion", "tokens"),
         ("--fusion", "cross_attention"),
     ],
 )
@@ -164,7 +166,7 @@ def test_every_place_trains(main, tmp_path, options):
 
 
 def test_the_command(main, tmp_path):
-    status, out, err = main(*SMALL, "--fusion", "tokens", "--run-dir", tmp_path / "run")
+    status, out, err = main(*SMALL, "--fusion", "deq", "--run-dir", tmp_path / "run")
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["dataset"] == "easy-VQA" and results["data"] == "real"

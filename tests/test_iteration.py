@@ -1,0 +1,75 @@
+"""`experiments.benchmarks.iteration`: its paired differences and worst epochs, and a run of it."""
+
+import json
+
+import pytest
+from scipy.stats import sem
+
+from experiments.benchmarks import iteration
+from experiments.common.errors import InputError
+
+
+def row(converged=None, backward=1.0, validation=1.0):
+    if converged is None:
+        return {"train": {}, "solver": None}
+    train = {"converged": converged, "backward_converged": backward}
+    return {"train": train, "solver": {"converged": validation}}
+
+
+def found(variant, seed, score, *history):
+    results = {
+        "seed": seed,
+        "test": {"accuracy": score},
+        "solver": {"mean_steps": 7.0} if history else None,
+        "parameters": 1000,
+        "seconds": 3.0,
+    }
+    return {"variant": variant, "results": results, "history": history or [row()]}
+
+
+def test_the_table_pairs_seeds_and_tells_the_worst_epoch():
+    history = [row(), row(0.999, 0.9), row(0.75, 1.0, 0.985)]
+    runs = [found("equilibrium", seed, score, *history) for seed, score in enumerate([0.8, 0.9])]
+    runs += [found("its map once", seed, score) for seed, score in ((1, 0.7), (0, 0.9), (2, 0.1))]
+    lines = [line.split(" | ") for line in iteration.table(runs, "accuracy").splitlines()]
+    equilibrium, once = lines[2], lines[3]
+    assert "75.0 % / 90.0 % / 98.5 %" in equilibrium[4] and equilibrium[3].strip() == "–"
+    assert equilibrium[5].strip() == "7.0" and once[4].strip() == once[5].strip() == "–"
+    differences = [0.9 - 0.8, 0.7 - 0.9]  # seed 2 has no other run
+    assert once[3].strip() == f"{sum(differences) / 2:+.3f} ± {sem(differences):.3f}"
+    assert once[1].strip() == "3"
+
+
+def test_one_seed_has_no_standard_error():
+    runs = [found("equilibrium", 0, 0.8), found("its map once", 0, 0.9)]
+    assert iteration.paired(runs, "equilibrium", "its map once", "accuracy") == "–"
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["vqa", "--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["vqa", "--variants", "magic"], "invalid choice: 'magic'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(args, complaint):
+    with pytest.raises(InputError, match=complaint):
+        iteration.parse_args(args)
+
+
+@pytest.mark.slow
+def test_a_run_of_it(run_command, tmp_path):
+    args = [
+        "relations", "--seeds", 2, "--run-dir", tmp_path, "--variants", "equilibrium",
+        "its map 3 times", "--options", "--train", 60, "--validation", 12, "--test", 12,
+        "--epochs", 1, "--features", 8,
+    ]  # fmt: skip
+    status, out, err = run_command(iteration.main, *args)
+    assert status == 0, err
+    again = run_command(iteration.main, *args)
+    table = (tmp_path / "iteration.md").read_text()
+    assert again[0] == 0 and table in again[1] and table in out
+    runs = json.loads((tmp_path / "iteration.json").read_text())
+    assert [run["results"]["seed"] for run in runs] == [0, 1, 0, 1]
+    assert all(len(run["history"]) == 2 for run in runs)
