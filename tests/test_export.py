@@ -122,7 +122,6 @@ assert not set(sys.modules).intersection(["flax", "optax", "orbax", "deq_fusion_
     assert all(float(row["yes"]) + float(row["no"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-@pytest.mark.slow
 def test_a_regression_of_csv_files_is_in_its_own_units(trained, main, tmp_path):
     run_dir, data, labels = trained["sum"]
     status, out, err = main(run_dir / "model.zip", "--data", *data)

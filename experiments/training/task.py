@@ -167,8 +167,8 @@ def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Arr
     gates = jax.tree.map(
         lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
     )
-    learned = prediction._replace(fusion=fusion._replace(stats=None))
-    one_row = jax.tree.map(lambda x: x[:, None], (learned, labels))
+    # No loss reads the fusion's output, whose rows may be the cells of a picture.
+    one_row = jax.tree.map(lambda x: x[:, None], (prediction._replace(fusion=None), labels))
     return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
 

@@ -1,0 +1,151 @@
+"""What a training step of a fusion of positions costs, against positions and steps.
+
+    python -m experiments.benchmarks.positions
+    python -m experiments.benchmarks.positions --positions 16 64 --batch 64 --rounds 10
+
+Two modalities of so many positions each, standard normal; the step is the value and the gradient,
+in parameters and inputs, of the mean square of the fused vectors. The equilibrium is solved to
+tolerances that take it so many evaluations; its map is applied 1, 3 and 10 times; attention is the
+transformer with as many parameters. Contenders take turns, at the same number of positions. Memory
+is what the compiled program needs beside its arguments and results. Writes `positions.json` and
+`positions.md` into --run-dir.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deq_fusion_jax import Anderson, TokenFusion
+from deq_fusion_jax.token_baselines import CrossAttention, TokensUnrolled
+from experiments.benchmarks.timing import Contender, interleaved
+from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.files import make_folder, processor, versions, write_json, write_text
+from experiments.common.text import markdown_table, number
+
+ONCE = "map once"
+
+
+def parse_args(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.positions", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--positions", type=int, nargs="+", default=[4, 16, 64, 196])
+    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=10)
+    default = Path("runs/positions") / time.strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--run-dir", type=Path, default=default)
+    parser.error = _refuse  # type: ignore[method-assign]
+    options = parser.parse_args(args)
+    for name in ("features", "batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: expected 1 or more")
+    if min(options.positions) < 1:
+        raise InputError(f"--positions {min(options.positions)}: expected 1 or more")
+    if options.features % 4:
+        raise InputError(f"--features {options.features}: expected a multiple of the 4 heads")
+    return options
+
+
+def _refuse(message: str) -> Any:
+    raise InputError(f"{message}; --help lists the options")
+
+
+def fusions(features: int) -> Iterator[tuple[str, nn.Module]]:
+    for tol in (1e-2, 1e-3, 1e-5):
+        solver = Anderson(tol=tol, max_steps=60)
+        yield f"equilibrium to {tol:.0e}", TokenFusion(features, solver=solver)
+    yield ONCE, TokensUnrolled(features, steps=1, tol=None)
+    for steps in (3, 10):
+        yield f"map {steps} times", TokensUnrolled(features, steps=steps, tol=None)
+    yield "attention", CrossAttention(features)
+
+
+def contender(name: str, fusion: nn.Module, inputs: dict[str, jax.Array]) -> Contender:
+    """A training step of one fusion, compiled."""
+    variables = fusion.init(jax.random.key(0), inputs)
+
+    def loss(variables: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array | int]:
+        out: Any = fusion.apply(variables, inputs, train=True)
+        steps = jnp.mean(out.stats.steps) if out.stats else 0
+        return jnp.mean(out.fused**2), steps
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    compiled = step.lower(variables, inputs).compile()
+    memory: Any = compiled.memory_analysis()
+
+    def run() -> Any:
+        return jax.block_until_ready(compiled(variables, inputs))
+
+    (_, steps), _ = run()
+    return Contender(name, run, forward=round(float(steps)), temporaries=memory.temp_size_in_bytes)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for positions in options.positions:
+        rng = np.random.default_rng(0)
+        shape = options.batch, positions, options.features
+        inputs = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name in "ab"}
+        contenders = [contender(name, fusion, inputs) for name, fusion in fusions(options.features)]
+        seconds = interleaved(contenders, options.rounds)
+        for one in contenders:
+            ratios = [a / b for a, b in zip(seconds[one.name], seconds[ONCE], strict=True)]
+            rows.append(
+                {
+                    "positions": positions,
+                    "fusion": one.name,
+                    "evaluations": one.forward,
+                    "seconds": seconds[one.name],
+                    "ratio": median(ratios),
+                    "temporaries": one.temporaries,
+                }
+            )
+        jax.clear_caches()
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [["positions", "fusion", "evaluations", "ms", "by the map once", "memory, MB"]]
+    for row in rows:
+        lines.append(
+            [
+                str(row["positions"]),
+                row["fusion"],
+                str(row["evaluations"] or "–"),
+                number(1e3 * median(row["seconds"]), 1),
+                number(row["ratio"], 2),
+                number(row["temporaries"] / 1e6, 1),
+            ]
+        )
+    return markdown_table(lines, left=2)
+
+
+@exit_cleanly()
+def main() -> None:
+    options = parse_args(sys.argv[1:])
+    make_folder(options.run_dir, "--run-dir")
+    rows = measure(options)
+    device = jax.devices()[0]
+    about = {"device": device.device_kind, "processor": processor(), "versions": versions()}
+    write_json(options.run_dir / "positions.json", {"rows": rows, **about})
+    text = (
+        f"A training step on {options.batch} samples, two modalities of so many positions, "
+        f"d = {options.features}, at the first weights; medians over {options.rounds} rounds in "
+        f"turns. On 1 × {device.device_kind} ({device.platform}).\n\n{table(rows)}\n"
+    )
+    write_text(options.run_dir / "positions.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
