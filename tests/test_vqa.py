@@ -166,12 +166,12 @@ def test_every_place_trains(main, tmp_path, options):
 
 
 def test_the_command(main, tmp_path):
-    status, out, err = main(*SMALL, "--fusion", "deq", "--run-dir", tmp_path / "run")
+    status, out, err = main(*SMALL, "--fusion", "concat", "--run-dir", tmp_path / "run")
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["dataset"] == "easy-VQA" and results["data"] == "real"
     assert set(results["test"]) == {"accuracy", "yes/no", "shape", "colour"}
-    assert results["solver"]["converged"] == 1
+    assert results["solver"] is None
     assert results["floors"]["the question alone"]["colour"] < 0.2
     assert "the question alone" in out
 
