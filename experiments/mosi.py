@@ -36,7 +36,6 @@ from experiments.models.linear import logistic_regression
 from experiments.models.mosi import (
     AlignedModel,
     UtterancesModel,
-    cross_entropy,
     half_squared_error,
     scores,
 )
@@ -45,7 +44,7 @@ from experiments.training.config import PublishedConfig, build_fusion, require
 from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
 from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
-from experiments.training.task import Task, softmax
+from experiments.training.task import Task, cross_entropy, softmax
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
@@ -36,11 +35,11 @@ from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, build_fusion, require
-from experiments.training.metrics import Metrics, Results
+from experiments.training.metrics import Metrics, Results, accuracies
 from experiments.training.recipe import adamw
 from experiments.training.run_directory import options_of, saved_config
 from experiments.training.schedule import Schedule
-from experiments.training.task import Prediction, Task, Variables, softmax
+from experiments.training.task import Prediction, Task, Variables, cross_entropy, softmax
 from experiments.training.train import selected
 
 
@@ -121,8 +120,7 @@ class RelationsModel(nn.Module):
 
 def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy of the answers."""
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    return cross_entropy(prediction.logits, labels[:, 0]).mean()
+    return cross_entropy(prediction, labels[:, 0])
 
 
 def by_depth(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,11 +129,9 @@ def by_depth(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {f"depth {depth}": depths == depth for depth in np.unique(depths)}
 
 
-def accuracies(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
+def scores(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     """Shares of right answers, of all rows and by depth."""
-    right = labels[:, 0] == np.argmax(probabilities, axis=1)
-    parts = by_depth(labels).items()
-    return {"accuracy": float(right.mean())} | {n: float(right[rows].mean()) for n, rows in parts}
+    return accuracies(labels[:, 0] == np.argmax(probabilities, axis=1), by_depth(labels))
 
 
 def weights_of(run_dir: Path, task: Task) -> Variables:
@@ -181,7 +177,7 @@ def job(config: Config) -> Job:
     task = Task(
         RelationsModel(fusion, config.objects, config.features, config.hidden, config.dropout),
         loss,
-        accuracies,
+        scores,
         softmax,
         monitor="accuracy",
         jacobian_weight=config.jacobian_weight,
@@ -190,7 +186,7 @@ def job(config: Config) -> Job:
         parts=by_depth,
     )
     floors: Mapping[str, Metrics] = {
-        name: accuracies(dataset.test.labels, guess) for name, guess in data.bayes(test).items()
+        name: scores(dataset.test.labels, guess) for name, guess in data.bayes(test).items()
     }
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     epochs, size, patience = config.epochs, config.batch_size, config.patience

@@ -6,7 +6,6 @@ Writes `report.md`, `report.html` (self-contained) and `figures/` into the folde
 and prints the tables.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from experiments.common.page import page
 from experiments.reporting import figures
 from experiments.reporting.comparison import Run, side_by_side
 from experiments.reporting.terminal import show
+from experiments.training.run_directory import read_history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,7 @@ def read_run(folder: Path) -> Run:
     try:
         about = read_json(folder / "config.json")
         results = read_json(folder / "results.json")
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        history = [json.loads(line) for line in lines]
+        history = read_history(folder)
         return Run(folder.name, about["config"], about["command"], results, history)
     except FileNotFoundError as error:
         raise InputError(

@@ -15,20 +15,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
-import optax
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.datasets import easy_vqa
+from experiments.models.tokens import takes_positions
 from experiments.models.vqa import Place, VQAModel
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, build_fusion, require
-from experiments.training.metrics import Metrics, Results
+from experiments.training.metrics import Metrics, Results, accuracies
 from experiments.training.recipe import adamw
 from experiments.training.schedule import Schedule
-from experiments.training.task import Prediction, Task, softmax
+from experiments.training.task import Task, cross_entropy, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +59,6 @@ class Config(CommonConfig):
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         if self.place == "late":
             require(not self.alone, "alone", "with --place late", "--place middle or early")
-        if self.fusion in ("tokens", "tokens_unrolled", "cross_attention"):
-            needed = f"none with --fusion {self.fusion}, which takes all cells and words"
-            require(self.place == "late", "place", self.place, needed)
         if self.alone and self.warm_start:
             raise InputError("--warm-start keeps one solve a row; leave it out with --alone")
 
@@ -75,30 +71,23 @@ def modalities(config: Config) -> tuple[str, ...]:
     return easy_vqa.MODALITIES
 
 
-def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the answers."""
-    return optax.softmax_cross_entropy_with_integer_labels(prediction.logits, labels).mean()
-
-
-def accuracies(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
+def scores(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     """Shares of right answers, of all questions and by the kind of the right answer."""
-    right = labels == np.argmax(probabilities, axis=1)
-    scores = {"accuracy": float(right.mean())}
-    for name, answers in easy_vqa.ANSWERS.items():
-        rows = np.isin(labels, [easy_vqa.CLASSES.index(answer) for answer in answers])
-        scores[name] = float(right[rows].mean()) if rows.any() else float("nan")
-    return scores
+    return accuracies(labels == np.argmax(probabilities, axis=1), easy_vqa.by_kind(labels))
 
 
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
     fusion = build_fusion(config, modalities(config))
+    if takes_positions(fusion):
+        needed = f"none with --fusion {config.fusion}, which takes all cells and words"
+        require(config.place == "late", "place", config.place, needed)
     dataset, vocabulary = easy_vqa.load(config.images, config.seed)
     sizes = len(dataset.classes), vocabulary, config.features, config.dropout
     task = Task(
         VQAModel(fusion, *sizes, config.place, config.alone),
-        loss,
-        accuracies,
+        cross_entropy,
+        scores,
         softmax,
         monitor="accuracy",
         jacobian_weight=config.jacobian_weight,
@@ -106,7 +95,7 @@ def job(config: Config) -> Job:
         recipe=config.recipe,
     )
     guess = easy_vqa.question_alone(dataset.train, dataset.test)
-    floors: Mapping[str, Metrics] = {"the question alone": accuracies(dataset.test.labels, guess)}
+    floors: Mapping[str, Metrics] = {"the question alone": scores(dataset.test.labels, guess)}
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     epochs, size, patience = config.epochs, config.batch_size, config.patience
     schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)

@@ -82,7 +82,7 @@ def test_accuracies_by_kind():
         [CLASSES.index(a) for a in ("yes", "yes", "circle", "red", "teal")]
     ]
     expected = {"accuracy": 0.6, "yes/no": 0.5, "shape": 1.0, "colour": 0.5}
-    assert vqa.accuracies(labels, guess) == expected
+    assert vqa.scores(labels, guess) == expected
 
 
 class TestModel:

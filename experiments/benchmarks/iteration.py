@@ -10,7 +10,6 @@ compared seed by seed. What follows --options goes to the experiment. Writes `it
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -21,12 +20,13 @@ from typing import Any
 
 import jax
 
+from experiments.common.cli import ArgumentParser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import EXPERIMENTS, experiment
-from experiments.training.metrics import Results
-from experiments.training.run_directory import finished
+from experiments.training.metrics import Results, mean_std
+from experiments.training.run_directory import finished, read_history
 
 ONCE = ("--fusion", "tokens_unrolled", "--jacobian-weight", "0")
 POOLED = ("--fusion", "deq")
@@ -47,7 +47,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m experiments.benchmarks.iteration", description=__doc__.split("\n")[0]
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -56,15 +56,10 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     default = Path("runs/iteration") / time.strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--run-dir", type=Path, default=default)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[])
-    parser.error = _refuse  # type: ignore[method-assign]
     options = parser.parse_args(args)
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds}: expected 1 or more")
     return options
-
-
-def _refuse(message: str) -> Any:
-    raise InputError(f"{message}; --help lists the options")
 
 
 def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
@@ -75,8 +70,7 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     config = dataclasses.replace(config, seed=seed, run_dir=run_dir, resume=True)
     results = finished(options.experiment, config, run_dir) or chosen.run(config)
     jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
-    rows = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {"variant": variant, "results": results, "history": [*map(json.loads, rows)]}
+    return {"variant": variant, "results": results, "history": read_history(run_dir)}
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -90,29 +84,22 @@ def table(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     for variant in variants:
         runs = [one for one in found if one["variant"] == variant]
         results: list[Results] = [one["results"] for one in runs]
+        steps = [(result["solver"] or {}).get("mean_steps") for result in results]
+        sizes = [result["parameters"] for result in results]
+        seconds = [result["seconds"] for result in results]
         lines.append(
             [
                 variant,
                 str(len(runs)),
-                mean_and_spread([result["test"][metric] for result in results]),
+                spread(mean_std([result["test"][metric] for result in results])),
                 "–" if variant == first else paired(found, first, variant, metric),
                 worst_converged([row for one in runs for row in one["history"]]),
-                number(_mean([(r["solver"] or {}).get("mean_steps") for r in results]), 1),
-                number(_mean([r["parameters"] for r in results]), 0),
-                number(_mean([r["seconds"] for r in results]), 0),
+                number(mean_std(steps)["mean"], 1),
+                number(mean_std(sizes)["mean"], 0),
+                number(mean_std(seconds)["mean"], 0),
             ]
         )
     return markdown_table(lines, width=200)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
-
-
-def mean_and_spread(scores: Sequence[float]) -> str:
-    std = statistics.stdev(scores) if len(scores) > 1 else None
-    return spread({"mean": statistics.mean(scores), "std": std})
 
 
 def paired(found: Sequence[Mapping[str, Any]], first: str, variant: str, metric: str) -> str:

@@ -8,7 +8,6 @@ The run is that of `experiments.mmimdb`, checkpoints included. Writes `long.json
 
 import dataclasses
 import itertools
-import json
 import sys
 import threading
 import time
@@ -30,7 +29,7 @@ from experiments.common.memory import in_use, memory
 from experiments.common.text import markdown_table, number
 from experiments.run import experiment, train
 from experiments.training.config import require
-from experiments.training.run_directory import begin_run, opened_run
+from experiments.training.run_directory import begin_run, opened_run, read_history
 
 PARTS = 10  # of the run, which are compared
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -104,9 +103,8 @@ def measured(config: Config) -> dict[str, Any]:
     with opened_run("mmimdb", whole), watching() as watch:
         begin_run(run_dir, "mmimdb", whole)
         train(job, base, run_dir)
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {"steps": epochs * batches, "batches": batches, **by_parts(watch, rows)}
+    parts = by_parts(watch, read_history(run_dir))
+    return {"steps": epochs * batches, "batches": batches, **parts}
 
 
 def by_parts(watch: Watch, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import numpy as np
 from deq_fusion_jax import Anderson, TokenFusion
 from deq_fusion_jax.token_baselines import CrossAttention, TokensUnrolled
 from experiments.benchmarks.timing import Contender, interleaved
+from experiments.common.cli import ArgumentParser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, processor, versions, write_json, write_text
 from experiments.common.text import markdown_table, number
@@ -35,7 +36,7 @@ ONCE = "map once"
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m experiments.benchmarks.positions", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--positions", type=int, nargs="+", default=[4, 16, 64, 196])
@@ -44,7 +45,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     default = Path("runs/positions") / time.strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--run-dir", type=Path, default=default)
-    parser.error = _refuse  # type: ignore[method-assign]
     options = parser.parse_args(args)
     for name in ("features", "batch", "rounds"):
         if getattr(options, name) < 1:
@@ -54,10 +54,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     if options.features % 4:
         raise InputError(f"--features {options.features}: expected a multiple of the 4 heads")
     return options
-
-
-def _refuse(message: str) -> Any:
-    raise InputError(f"{message}; --help lists the options")
 
 
 def fusions(features: int) -> Iterator[tuple[str, nn.Module]]:

@@ -23,11 +23,12 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.views import files_of
-from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.cli import ArgumentParser
+from experiments.common.errors import exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import experiment
-from experiments.training.metrics import Results
+from experiments.training.metrics import Results, mean_std
 from experiments.training.run_directory import finished
 
 MONITORS = ("macro_f1", "r2")  # what selects the epoch
@@ -44,7 +45,7 @@ TUNED: dict[str, dict[str, Any]] = {
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m experiments.benchmarks.untuned", description=__doc__.split("\n")[0]
     )
     parser.add_argument("sets", nargs="+", help="digits, wine, …, DIR of .csv files, FILE.npz")
@@ -53,12 +54,7 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tuned", action="store_true", help="beside the best of some settings")
     default = Path("runs/untuned") / time.strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--run-dir", type=Path, default=default)
-    parser.error = _refuse  # type: ignore[method-assign]
     return parser.parse_args(args)
-
-
-def _refuse(message: str) -> Any:
-    raise InputError(f"{message}; --help lists the options")
 
 
 def run(files: tuple[Path, ...], run_dir: Path, **options: Any) -> Results:
@@ -116,22 +112,15 @@ def scores_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:
         cells = [found["set"], metric, number(tested_rows(rows[0]) or None)]
         for fusion in fusions:
             scores = [row["test"][metric] for row in rows if row["fusion"] == fusion]
-            cells.append(_mean_and_spread(scores))
+            cells.append(spread(mean_std(scores)))
         linear = [s[metric] for row in rows for n, s in row["floors"].items() if "regression" in n]
         solved = [row for row in rows if row["solver"]]
         share = [row["solver"]["converged"] for row in solved if row["solver"]]
         seconds = [row["seconds"] for row in rows if row["fusion"] == "deq"]
-        cells.append(_mean_and_spread(linear))
+        cells.append(spread(mean_std(linear)))
         cells.append(percent(min(share, default=None)))  # type: ignore[type-var]
         lines.append([*cells, number(statistics.mean(seconds) if seconds else None, 0)])
     return markdown_table(lines, width=200)
-
-
-def _mean_and_spread(scores: Sequence[float]) -> str:
-    if not scores:
-        return "–"
-    std = statistics.stdev(scores) if len(scores) > 1 else None
-    return spread({"mean": statistics.mean(scores), "std": std})
 
 
 def tuned_table(sets: Sequence[dict[str, Any]], fusions: Sequence[str]) -> str:

@@ -34,11 +34,15 @@ def parse(default: Config, args: Sequence[str], prog: str) -> Config:
         raise InputError(_first_paragraph(complaint.getvalue())) from None
 
 
-class Parser(argparse.ArgumentParser):
-    """For a command that trains an experiment with several seeds: its options, and the others.
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's; a complaint is an InputError."""
 
-    A complaint is an InputError.
-    """
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; --help lists the options")
+
+
+class Parser(ArgumentParser):
+    """For a command that trains an experiment with several seeds: its options, and the others."""
 
     def __init__(self, command: str, description: str, experiments: Sequence[str]):
         super().__init__(
@@ -52,9 +56,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seeds", type=int, default=5, help="seeds 0 … SEEDS - 1, by default 5")
         where = f"by default a new folder under runs/{command}"
         self.add_argument("--run-dir", type=Path, help=where)
-
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}; --help lists the options")
 
     def own_and_rest(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         """The parser's own options, and the experiment's."""

@@ -21,6 +21,7 @@ from PIL import Image
 
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
+from experiments.datasets.preprocess import take
 from experiments.datasets.text import build_vocabulary, encode, words
 
 MODALITIES = ("image", "question")
@@ -56,7 +57,7 @@ def load(images: int, seed: int) -> tuple[Dataset, int]:
         return Split(inputs, np.array([CLASSES.index(answer) for answer in answers], np.int32))
 
     every = split(texts, answers, pictures[about])
-    train, validation = (_take(every, np.isin(about, part)) for part in (trained, held_out))
+    train, validation = (take(every, np.isin(about, part)) for part in (trained, held_out))
     texts, answers, about = package.get_test_questions()
     test = split(texts, answers, tested[about])
     dataset = Dataset("easy-VQA", "real", CLASSES, train, validation, test)
@@ -80,8 +81,10 @@ def _read(paths: Mapping[int, str]) -> np.ndarray:
     return np.stack(images)
 
 
-def _take(split: Split, rows: np.ndarray) -> Split:
-    return Split({name: x[rows] for name, x in split.inputs.items()}, split.labels[rows])
+def by_kind(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """{kind: [N] bool}, which labels are answers of that kind."""
+    numbers = {kind: [CLASSES.index(a) for a in answers] for kind, answers in ANSWERS.items()}
+    return {kind: np.isin(labels, of_kind) for kind, of_kind in numbers.items()}
 
 
 def question_alone(train: Split, test: Split) -> np.ndarray:

@@ -47,7 +47,7 @@ class PosterCNN(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array | Tokens:
         x = images.astype(jnp.float32) / 127.5 - 1
         for channels in self.channels:
-            x = nn.relu(nn.GroupNorm(num_groups=8)(Convolution(channels, 2, use_bias=False)(x)))
+            x = Halved(channels, groups=8)(x)
         x = Places()(x) if self.tokens else jnp.mean(x, axis=(1, 2))
         x = nn.Dense(self.features)(nn.Dropout(self.dropout, deterministic=not train)(x))
         return Tokens(x, jnp.ones(x.shape[:2], bool)) if self.tokens else x
@@ -75,6 +75,18 @@ class Convolution(nn.Module):
         ]
         x = jnp.concatenate([padded[:, *window] for window in windows], axis=-1)
         return nn.Dense(self.channels, use_bias=self.use_bias)(x)
+
+
+class Halved(nn.Module):
+    """A `Convolution` of stride 2, group normalisation, ReLU: [N, …, d] → [N, …, channels]."""
+
+    channels: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Convolution(self.channels, stride=2, use_bias=False)(x)
+        return nn.relu(nn.GroupNorm(self.groups)(x))
 
 
 class Places(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments.datasets import mosi
 from experiments.models.encoders import TokenEncoder, UtteranceEncoder
@@ -36,11 +35,6 @@ class UtterancesModel(nn.Module):
             encoded[modality] = encoder(inputs[modality], train)
         out = fuse(self.fusion, encoded, train=train, **start)
         return Prediction(nn.Dense(2, name="head")(out.fused), out)
-
-
-def cross_entropy(prediction: Prediction, labels: jax.Array) -> jax.Array:
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    return loss(prediction.logits, labels).mean()
 
 
 class AlignedModel(nn.Module):

@@ -22,7 +22,7 @@ from experiments.training.metrics import (
     multilabel_metrics,
     regression_metrics,
 )
-from experiments.training.task import Prediction, sigmoid, softmax
+from experiments.training.task import Prediction, cross_entropy, sigmoid, softmax
 
 
 class Target(NamedTuple):
@@ -45,10 +45,6 @@ class Target(NamedTuple):
 
 
 def multiclass(dataset: Dataset) -> Target:
-    def loss(prediction: Prediction, labels: jax.Array) -> jax.Array:
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        return cross_entropy(prediction.logits, labels).mean()
-
     def logistic_regression(train: Split, test: Split, seconds: float) -> linear.Fit:
         return linear.logistic_regression(train, test, len(dataset.classes), seconds)
 
@@ -58,7 +54,7 @@ def multiclass(dataset: Dataset) -> Target:
     always = np.tile(share / share.sum(), (len(dataset.test.labels), 1))
     return Target(
         len(dataset.classes),
-        loss,
+        cross_entropy,
         multiclass_metrics,
         softmax,
         "macro_f1",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_fusion_jax import FusionOutput, SolveStats
-from experiments.models.encoders import Convolution, Places, TokenEncoder, mean_over_positions
+from experiments.models.encoders import Halved, Places, TokenEncoder, mean_over_positions
 from experiments.models.tokens import Tokens, fuse, takes_positions
 from experiments.training.task import Prediction
 
@@ -40,8 +40,8 @@ class VQAModel(nn.Module):
     def setup(self) -> None:
         d = self.features
         self.encode_question = TokenEncoder(self.vocabulary, d, d, self.dropout)
-        self.fine = nn.Sequential([Halved(16), Halved(32)])
-        self.coarse = Halved(d)
+        self.fine = nn.Sequential([Halved(16, groups=4), Halved(32, groups=4)])
+        self.coarse = Halved(d, groups=4)
         self.places = Places()
         self.read_question, self.read_image, self.head = (
             nn.Dense(d),
@@ -112,14 +112,3 @@ def of_pictures(stats: SolveStats, pictures: int) -> SolveStats:
         cells(stats.converged).all(1),
         status=None if stats.status is None else cells(stats.status).max(1),
     )
-
-
-class Halved(nn.Module):
-    """A `Convolution` of stride 2, group normalisation, ReLU."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = Convolution(self.channels, stride=2, use_bias=False)(x)
-        return nn.relu(nn.GroupNorm(num_groups=4)(x))

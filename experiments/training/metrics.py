@@ -163,6 +163,15 @@ def multiclass_metrics(labels: ArrayLike, probabilities: ArrayLike) -> Metrics:
     }
 
 
+def accuracies(right: np.ndarray, parts: Mapping[str, np.ndarray]) -> Metrics:
+    """Shares of right [N] bool in all rows, and by part {name: [N] bool}; NaN where it has none."""
+
+    def share(of: np.ndarray) -> float:
+        return float(of.mean()) if of.size else float("nan")
+
+    return {"accuracy": share(right)} | {name: share(right[rows]) for name, rows in parts.items()}
+
+
 def classification_metrics(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
     """Accuracy, F1 and AUC for two classes; accuracy, weighted and macro F1 for more."""
     if probabilities.shape[1] == 2:
@@ -268,9 +277,9 @@ def _over_seeds(fusion: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation (ddof = 1)."""
+    """Mean and sample standard deviation (ddof = 1); None where they are not defined."""
     numbers = [value for value in values if defined(value)]
-    if len(numbers) < len(values):
+    if not numbers or len(numbers) < len(values):
         return {"mean": None, "std": None}
     std = statistics.stdev(numbers) if len(numbers) > 1 else None
     return {"mean": statistics.fmean(numbers), "std": std}

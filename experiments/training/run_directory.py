@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -134,6 +135,12 @@ def finished(experiment: str, config: CommonConfig, run_dir: Path) -> Any:
 def is_shorter(epochs: int | None, others: int | None) -> bool:
     """Whether these are fewer epochs; None: as many as a rule says, which nobody knows here."""
     return epochs is not None and others is not None and epochs < others
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def options_of(saved: Mapping[str, Any]) -> list[str]:

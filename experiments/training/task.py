@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from deq_fusion_jax import FusionOutput, SolveStats
 from experiments.datasets import Split
@@ -51,7 +52,8 @@ class Task:
     Attributes:
       model: (inputs, train=…, z0=…, adjoint0=…) → `Prediction`; the last two go to its fusion,
         and are only given where that solves an equilibrium.
-      loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty.
+      loss: (prediction, labels) → [] mean over the batch, without the Jacobian penalty; of the
+        logits and extras, since the rows of the fusion's output may be the cells of a picture.
       metrics: (labels, probabilities) → {name: value}.
       probabilities: logits → probabilities, or whatever is predicted; traceable.
       monitor: the validation metric that selects the epoch.
@@ -73,6 +75,12 @@ class Task:
     warm_start: bool = False
     recipe: Recipe = Recipe()
     parts: Callable[[np.ndarray], Mapping[str, np.ndarray]] = undivided
+
+
+def cross_entropy(prediction: Prediction, labels: jax.Array) -> jax.Array:
+    """Mean over rows, of classes [N]."""
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    return loss(prediction.logits, labels).mean()
 
 
 def softmax(logits: jax.Array) -> jax.Array:
@@ -167,7 +175,6 @@ def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Arr
     gates = jax.tree.map(
         lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
     )
-    # No loss reads the fusion's output, whose rows may be the cells of a picture.
     one_row = jax.tree.map(lambda x: x[:, None], (prediction._replace(fusion=None), labels))
     return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
