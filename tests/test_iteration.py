@@ -58,6 +58,12 @@ def test_what_cannot_be_used_is_refused(args, complaint):
         iteration.parse_args(args)
 
 
+def test_a_variant_that_the_experiment_lacks_is_refused_before_any_run(run_command, tmp_path):
+    status, _, err = run_command(iteration.main, "relations", "--run-dir", tmp_path)
+    assert status == 2 and "--place" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_run_of_it(run_command, tmp_path):
     args = [

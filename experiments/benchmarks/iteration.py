@@ -62,13 +62,18 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+def config_of(options: argparse.Namespace, variant: str) -> Any:
+    """Raises InputError where the experiment has no such variant."""
+    return experiment(options.experiment).parse_args([*options.options, *VARIANTS[variant]])
+
+
+def run(options: argparse.Namespace, variant: str, config: Any, seed: int) -> dict[str, Any]:
     """{"variant", "results", "history"} of a run, or of the one that is there."""
-    chosen = experiment(options.experiment)
-    config = chosen.parse_args([*options.options, *VARIANTS[variant]])
     run_dir = options.run_dir / f"{variant}, seed {seed}".replace(", ", "-").replace(" ", "-")
     config = dataclasses.replace(config, seed=seed, run_dir=run_dir, resume=True)
-    results = finished(options.experiment, config, run_dir) or chosen.run(config)
+    results = finished(options.experiment, config, run_dir) or experiment(options.experiment).run(
+        config
+    )
     jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
     return {"variant": variant, "results": results, "history": read_history(run_dir)}
 
@@ -135,7 +140,10 @@ def worst_converged(history: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     options = parse_args(sys.argv[1:])
     make_folder(options.run_dir, "--run-dir")
-    found = [run(options, name, seed) for name in options.variants for seed in range(options.seeds)]
+    # Refused before the first run, not after hours of them.
+    configs = {variant: config_of(options, variant) for variant in options.variants}
+    seeds = range(options.seeds)
+    found = [run(options, *variant, seed) for variant in configs.items() for seed in seeds]
     write_json(options.run_dir / "iteration.json", found)
     metric = next(iter(found[0]["results"]["test"]))
     text = (
