@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_fusion_jax import Anderson, DEQFusion, SolveStats, TokenFusion
+from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, SolveStats, TokenFusion
 from deq_fusion_jax.baselines import WeightTied
 from experiments import vqa
 from experiments.datasets import Split, easy_vqa
@@ -130,7 +130,13 @@ class TestModel:
 
     def test_the_worst_cell_speaks_for_its_picture(self):
         steps, residual = jnp.array([3, 9, 4, 5]), jnp.array([0.1, 0.2, 0.7, 0.3])
-        stats = of_pictures(SolveStats(steps, residual, residual < 0.5, None, steps % 3), 2)
+        trace = jnp.array([[0.9, 0.8, 0.7, 0.3], [jnp.nan, 0.2, 0.7, jnp.nan], [jnp.nan] * 4])
+        stats = SolveStats(steps, residual, residual < 0.5, trace, steps % 3)
+        out = FusionOutput(jnp.zeros((4, 1)), stats=stats, spectral_radius=residual)
+        found = of_pictures(out, 2)
+        stats, radius = found.stats, found.spectral_radius
+        np.testing.assert_allclose(stats.trace, [[0.9, 0.7], [0.2, 0.7], [np.nan] * 2])
+        np.testing.assert_allclose(radius, [0.2, 0.7])
         assert stats.steps.tolist() == [9, 5] and stats.converged.tolist() == [True, False]
         np.testing.assert_allclose(stats.residual, [0.2, 0.7])
         assert stats.status.tolist() == [0, 2]
@@ -151,7 +157,7 @@ class TestModel:
     "options",
     [
         ("--fusion", "deq", "--place", "middle"),
-        ("--fusion", "deq", "--place", "early", "--alone"),
+        ("--fusion", "deq", "--place", "early", "--alone", "--max-steps", 5),
         ("--fusion", "gmu", "--place", "middle"),
         ("--fusion", "weight_tied", "--place", "middle", "--alone"),
         ("--fusion", "question"),

@@ -96,19 +96,25 @@ class VQAModel(nn.Module):
             return out, out.fused
         fused = out.fused.reshape(shape)
         gates = jax.tree.map(lambda x: x.reshape(shape), out.gates)
-        stats = out.stats and of_pictures(out.stats, len(cells))
-        return out._replace(gates=gates, stats=stats), fused
+        return of_pictures(out._replace(gates=gates), len(cells)), fused
 
 
-def of_pictures(stats: SolveStats, pictures: int) -> SolveStats:
-    """Statistics of pictures from those of their cells, [pictures · cells]: the worst of them."""
+def of_pictures(out: FusionOutput, pictures: int) -> FusionOutput:
+    """Statistics and radius of pictures from those of their cells, [pictures · cells]: the worst of
+    them; of a trace, the worst of those that were still going on."""
 
     def cells(x: jax.Array) -> jax.Array:
-        return x.reshape(pictures, -1)
+        return x.reshape(*x.shape[:-1], pictures, -1)
 
-    return SolveStats(
-        cells(stats.steps).max(1),
-        cells(stats.residual).max(1),
-        cells(stats.converged).all(1),
-        status=None if stats.status is None else cells(stats.status).max(1),
-    )
+    stats, radius = out.stats, out.spectral_radius
+    if stats is not None:
+        stats = SolveStats(
+            cells(stats.steps).max(-1),
+            cells(stats.residual).max(-1),
+            cells(stats.converged).all(-1),
+            None if stats.trace is None else jnp.nanmax(cells(stats.trace), axis=-1),
+            None if stats.status is None else cells(stats.status).max(-1),
+        )
+    if radius is not None:
+        radius = cells(radius).max(-1)
+    return out._replace(stats=stats, spectral_radius=radius)
