@@ -29,7 +29,7 @@ from experiments.reporting.comparison import comparison_table
 from experiments.reporting.terminal import show
 from experiments.run import EXPERIMENTS, experiment
 from experiments.training.config import CommonConfig, build_fusion, require
-from experiments.training.metrics import Results, compare_floors, compare_rows
+from experiments.training.results import Results, compare_floors, compare_rows
 from experiments.training.run_directory import finished
 
 

@@ -46,8 +46,8 @@ from experiments.training.config import (
 )
 from experiments.training.devices import log
 from experiments.training.folds import Folds
-from experiments.training.metrics import Results
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.settings import Settings, regularisation_for, settings_for
 from experiments.training.task import Prediction, Task
 

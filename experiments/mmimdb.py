@@ -30,8 +30,9 @@ from experiments.models.encoders import MaxoutMLP, PlotEncoder, PosterCNN
 from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.config import PublishedConfig, build_fusion, require
-from experiments.training.metrics import Results, frequent_labels_floor, multilabel_metrics
+from experiments.training.metrics import frequent_labels_floor, multilabel_metrics
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, sigmoid
 

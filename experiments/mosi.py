@@ -41,8 +41,9 @@ from experiments.models.mosi import (
 )
 from experiments.run import Job, execute
 from experiments.training.config import PublishedConfig, build_fusion, require
-from experiments.training.metrics import Metrics, Results, classification_metrics, sentiment_metrics
+from experiments.training.metrics import Metrics, classification_metrics, sentiment_metrics
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.schedule import Schedule
 from experiments.training.task import Task, cross_entropy, softmax
 

@@ -45,8 +45,9 @@ from experiments.training.config import (
     require,
     unchanged,
 )
-from experiments.training.metrics import Results, classification_metrics
+from experiments.training.metrics import classification_metrics
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, softmax
 

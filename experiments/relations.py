@@ -35,8 +35,9 @@ from experiments.models.tokens import fuse, takes_positions
 from experiments.run import Job, execute
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.config import CommonConfig, build_fusion, require
-from experiments.training.metrics import Metrics, Results, accuracies
+from experiments.training.metrics import Metrics, accuracies
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.run_directory import options_of, saved_config
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, Variables, cross_entropy, softmax

@@ -40,9 +40,10 @@ from experiments.reporting.run import beaten_by, print_results, report_markdown
 from experiments.training.config import CommonConfig
 from experiments.training.devices import by_the_first, is_first, joined, log, mesh_of, shard_model
 from experiments.training.folds import Folds, select
-from experiments.training.metrics import Metrics, Results, Selection, most_confused, per_class_f1
+from experiments.training.metrics import Metrics, most_confused, per_class_f1
 from experiments.training.progress import Bar
 from experiments.training.recording import checkpoints, recorder, stopping
+from experiments.training.results import Results, Selection
 from experiments.training.run_directory import begin_run, command_line, opened_run
 from experiments.training.schedule import Schedule
 from experiments.training.task import Evaluation, Task, Variables, evaluate

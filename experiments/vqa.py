@@ -24,8 +24,9 @@ from experiments.models.tokens import takes_positions
 from experiments.models.vqa import Place, VQAModel
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, build_fusion, require
-from experiments.training.metrics import Metrics, Results, accuracies
+from experiments.training.metrics import Metrics, accuracies
 from experiments.training.recipe import adamw
+from experiments.training.results import Results
 from experiments.training.schedule import Schedule
 from experiments.training.task import Task, cross_entropy, softmax
 

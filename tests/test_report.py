@@ -18,7 +18,7 @@ from experiments.common.text import markdown_table, number, percent
 from experiments.reporting.comparison import comparison_table
 from experiments.reporting.run import print_results, report_markdown
 from experiments.reporting.terminal import show
-from experiments.training.metrics import compare_rows
+from experiments.training.results import compare_rows
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,7 +25,8 @@ from experiments.datasets import Dataset, Split
 from experiments.run import Job, execute
 from experiments.training.config import CommonConfig, PublishedConfig, build_fusion
 from experiments.training.folds import select
-from experiments.training.metrics import Results, multiclass_metrics
+from experiments.training.metrics import multiclass_metrics
+from experiments.training.results import Results
 from experiments.training.run_directory import begin_run, command_line, opened_run
 from experiments.training.schedule import Schedule
 from experiments.training.task import Prediction, Task, evaluate

@@ -25,7 +25,7 @@ from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import EXPERIMENTS, experiment
-from experiments.training.metrics import Results, mean_std
+from experiments.training.results import Results, mean_std
 from experiments.training.run_directory import finished, read_history
 
 ONCE = ("--fusion", "tokens_unrolled", "--jacobian-weight", "0")

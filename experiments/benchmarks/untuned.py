@@ -28,7 +28,7 @@ from experiments.common.errors import exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import experiment
-from experiments.training.metrics import Results, mean_std
+from experiments.training.results import Results, mean_std
 from experiments.training.run_directory import finished
 
 MONITORS = ("macro_f1", "r2")  # what selects the epoch

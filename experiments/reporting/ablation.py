@@ -7,7 +7,7 @@ from typing import Any
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.models.variants import REFERENCE, VARIANTS
 from experiments.reporting.run import SELECTION
-from experiments.training.metrics import mean_std
+from experiments.training.results import mean_std
 
 Row = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Row]]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.reporting.run import SELECTION, about, flat
-from experiments.training.metrics import Results, compare_floors, compare_rows
+from experiments.training.results import Results, compare_floors, compare_rows
 
 BESIDE = 3  # runs whose options stand side by side
 WRITTEN = ("run_dir", "resume")  # options that say where, not what

@@ -15,7 +15,8 @@ from rich.console import Console
 from experiments.common.files import versions
 from experiments.common.text import defined, markdown_table, number, percent
 from experiments.reporting.terminal import print_table
-from experiments.training.metrics import Metrics, Results
+from experiments.training.metrics import Metrics
+from experiments.training.results import Results
 
 WARNING = "Warning: "
 
