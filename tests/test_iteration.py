@@ -49,8 +49,10 @@ def test_one_seed_has_no_standard_error():
     ("args", "complaint"),
     [
         (["nothing"], "invalid choice: 'nothing'"),
-        (["vqa", "--seeds", "0"], "--seeds 0: expected 1 or more"),
+        (["vqa", "--seeds", "0"], "--seeds 0: at least 1 is needed"),
         (["vqa", "--variants", "magic"], "invalid choice: 'magic'"),
+        (["vqa", "--seed", "3"], "--seed is set by"),
+        ([], "the following arguments are required: experiment"),
     ],
 )
 def test_what_cannot_be_used_is_refused(args, complaint):
@@ -64,12 +66,38 @@ def test_a_variant_that_the_experiment_lacks_is_refused_before_any_run(run_comma
     assert not list(tmp_path.iterdir())
 
 
+def test_stages_need_weights_to_start_from(run_command, tmp_path):
+    args = "vqa", "--run-dir", tmp_path, "--images", 5, "--then", "--images", 9
+    status, _, err = run_command(iteration.main, *args)
+    assert status == 2 and "--then needs --start, which vqa does not have" in err
+
+
+def test_a_stage_has_the_options_of_the_first_one_and_its_own():
+    words = "relations --seeds 2 --deepest 1 --train 60 --then --deepest 2 --then --train 9"
+    options = iteration.parse_args(words.split())
+    stages = iteration.stages_of(options, "its map once")
+    assert [(stage.deepest, stage.train) for stage in stages] == [(1, 60), (2, 60), (1, 9)]
+    assert all(stage.fusion == "tokens_unrolled" for stage in stages)
+
+
+def test_parts_are_told_apart():
+    kinds = {"accuracy": 0.5, "yes/no": 0.8, "shape": 0.2}
+    runs = [found("equilibrium", seed, 0.5) for seed in range(2)]
+    runs[1]["results"]["test"] = runs[0]["results"]["test"] = kinds
+    lines = iteration.parts_table(runs, lambda results: results["test"]).splitlines()
+    assert lines[0].split(" | ")[2].strip() == "yes/no" and "0.800 ± 0.000" in lines[2]
+    assert iteration.parts_table(runs, lambda results: {"accuracy": 0.5}) is None
+    solver = {"mean_steps": 7.0, "mean_steps, depth 1": 6.0, "converged, depth 1": 1.0}
+    assert iteration.steps_by_part({"fusion": "tokens", "solver": solver}) == {"depth 1": 6.0}
+    assert iteration.steps_by_part({"fusion": "tokens_unrolled", "solver": solver}) == {}
+
+
 @pytest.mark.slow
 def test_a_run_of_it(run_command, tmp_path):
     args = [
-        "relations", "--seeds", 2, "--run-dir", tmp_path, "--variants", "equilibrium",
-        "its map 3 times", "--options", "--train", 60, "--validation", 12, "--test", 12,
-        "--epochs", 1, "--features", 8,
+        "relations", "--seeds", 1, "--run-dir", tmp_path, "--variants", "equilibrium",
+        "its map 3 times", "--train", 60, "--validation", 12, "--test", 12,
+        "--epochs", 1, "--features", 8, "--deepest", 1, "--then", "--deepest", 3,
     ]  # fmt: skip
     status, out, err = run_command(iteration.main, *args)
     assert status == 0, err
@@ -77,5 +105,10 @@ def test_a_run_of_it(run_command, tmp_path):
     table = (tmp_path / "iteration.md").read_text()
     assert again[0] == 0 and table in again[1] and table in out
     runs = json.loads((tmp_path / "iteration.json").read_text())
-    assert [run["results"]["seed"] for run in runs] == [0, 1, 0, 1]
+    assert [run["results"]["seed"] for run in runs] == [0, 0]
     assert all(len(run["history"]) == 2 for run in runs)
+    saved = json.loads((tmp_path / "equilibrium-seed-0-stage-2" / "config.json").read_text())
+    config = saved["config"]
+    assert config["deepest"] == 3 and config["epochs"] == 1
+    assert config["start"].endswith("equilibrium-seed-0-stage-1")
+    assert "depth 3" in table and "Steps of the solver" in table

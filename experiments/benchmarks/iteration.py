@@ -1,10 +1,14 @@
 """An equilibrium beside the same map applied a few times, and beside attention, in one table.
 
     python -m experiments.benchmarks.iteration vqa --seeds 5
-        --options --images 400 --features 32 --epochs 30 --patience 30
+        --images 400 --features 32 --epochs 30 --patience 30
+    python -m experiments.benchmarks.iteration relations --variants equilibrium "its map once"
+        --deepest 1 --epochs 2 --then --deepest 2 --epochs 3 --then --deepest 3 --epochs 5
 
 Every variant is trained with every seed, which draws the same rows for all of them, so scores are
-compared seed by seed. What follows --options goes to the experiment. Writes `iteration.json` and
+compared seed by seed. Options that are not the command's own go to the experiment. What follows
+--then is a stage: the variant is trained once more, from the weights of the stage before, with the
+first stage's options and these; the table has the last one. Writes `iteration.json` and
 `iteration.md` into --run-dir; runs that are there already are taken as they are.
 """
 
@@ -14,17 +18,19 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.common.cli import ArgumentParser
+from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
 from experiments.common.files import make_folder, write_json, write_text
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import EXPERIMENTS, experiment
+from experiments.training.config import SOLVED
+from experiments.training.metrics import Metrics
 from experiments.training.results import Results, mean_std
 from experiments.training.run_directory import finished, read_history
 
@@ -47,34 +53,42 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 
 
 def parse_args(args: Sequence[str]) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m experiments.benchmarks.iteration", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    """The command's own options, and `stages`, the experiment's options in each of them."""
+    split: list[list[str]] = [[]]
+    for word in args:
+        split.append([]) if word == "--then" else split[-1].append(word)
+    first, *others = split
+    parser = Parser("benchmarks.iteration", __doc__.split("\n")[0], EXPERIMENTS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=5)
-    default = Path("runs/iteration") / time.strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--run-dir", type=Path, default=default)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[])
-    options = parser.parse_args(args)
-    if options.seeds < 1:
-        raise InputError(f"--seeds {options.seeds}: expected 1 or more")
+    options, rest = parser.own_and_rest(first)
+    options.stages = [rest, *([*rest, *stage] for stage in others)]
+    if options.run_dir is None:
+        options.run_dir = Path("runs/iteration") / time.strftime("%Y%m%d-%H%M%S")
     return options
 
 
-def config_of(options: argparse.Namespace, variant: str) -> Any:
-    """Raises InputError where the experiment has no such variant."""
-    return experiment(options.experiment).parse_args([*options.options, *VARIANTS[variant]])
+def stages_of(options: argparse.Namespace, variant: str) -> list[Any]:
+    """A configuration a stage. Raises InputError where the experiment has no such variant."""
+    parse = experiment(options.experiment).parse_args
+    stages = [parse([*stage, *VARIANTS[variant]]) for stage in options.stages]
+    if len(stages) > 1 and not hasattr(stages[0], "start"):
+        raise InputError(f"--then needs --start, which {options.experiment} does not have")
+    return stages
 
 
-def run(options: argparse.Namespace, variant: str, config: Any, seed: int) -> dict[str, Any]:
-    """{"variant", "results", "history"} of a run, or of the one that is there."""
-    run_dir = options.run_dir / f"{variant}, seed {seed}".replace(", ", "-").replace(" ", "-")
-    config = dataclasses.replace(config, seed=seed, run_dir=run_dir, resume=True)
-    results = finished(options.experiment, config, run_dir) or experiment(options.experiment).run(
-        config
-    )
-    jax.clear_caches()  # compiled programs of a hundred runs are more than a process may map
+def run(
+    options: argparse.Namespace, variant: str, stages: Sequence[Any], seed: int
+) -> dict[str, Any]:
+    """{"variant", "results", "history"} of the last stage; stages that are there are taken."""
+    name = f"{variant}, seed {seed}".replace(", ", "-").replace(" ", "-")
+    results, run_dir = None, options.run_dir / name
+    for number_of, config in enumerate(stages, 1):
+        start = {"start": run_dir} if number_of > 1 else {}
+        run_dir = options.run_dir / (f"{name}-stage-{number_of}" if len(stages) > 1 else name)
+        config = dataclasses.replace(config, seed=seed, run_dir=run_dir, resume=True, **start)
+        results = finished(options.experiment, config, run_dir)
+        results = results or experiment(options.experiment).run(config)
+        jax.clear_caches()  # programs of a hundred runs are more than a process may map
     return {"variant": variant, "results": results, "history": read_history(run_dir)}
 
 
@@ -83,11 +97,10 @@ def run(options: argparse.Namespace, variant: str, config: Any, seed: int) -> di
 
 def table(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     """A row a variant; the first one is what the others are set beside."""
-    variants = list(dict.fromkeys(one["variant"] for one in found))
-    first = variants[0]
+    variants = _by_variant(found)
+    first = next(iter(variants))
     lines = [["variant", "n", metric, f"less {first}", "converged", "steps", "size", "seconds"]]
-    for variant in variants:
-        runs = [one for one in found if one["variant"] == variant]
+    for variant, runs in variants.items():
         results: list[Results] = [one["results"] for one in runs]
         steps = [(result["solver"] or {}).get("mean_steps") for result in results]
         sizes = [result["parameters"] for result in results]
@@ -105,6 +118,37 @@ def table(found: Sequence[Mapping[str, Any]], metric: str) -> str:
             ]
         )
     return markdown_table(lines, width=200)
+
+
+def _by_variant(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    variants = dict.fromkeys(one["variant"] for one in found)
+    return {name: [one for one in found if one["variant"] == name] for name in variants}
+
+
+def parts_table(
+    found: Sequence[Mapping[str, Any]], values: Callable[[Results], Metrics]
+) -> str | None:
+    """A row a variant, a column a value that a run has; None where there are fewer than two."""
+    rows = {
+        variant: [values(one["results"]) for one in runs]
+        for variant, runs in _by_variant(found).items()
+    }
+    rows = {variant: runs for variant, runs in rows.items() if runs[0]}
+    names = list(next(iter(rows.values()), [{}])[0])
+    if len(names) < 2:
+        return None
+    lines = [
+        [variant, *(spread(mean_std([run[name] for run in runs])) for name in names)]
+        for variant, runs in rows.items()
+    ]
+    return markdown_table([["variant", *names], *lines], width=200)
+
+
+def steps_by_part(results: Results) -> Metrics:
+    """Mean solver steps of every part of the test rows; {} where nothing is solved."""
+    solver = results["solver"] if results["fusion"] in SOLVED else None
+    start = "mean_steps, "
+    return {n.removeprefix(start): v for n, v in (solver or {}).items() if n.startswith(start)}
 
 
 def paired(found: Sequence[Mapping[str, Any]], first: str, variant: str, metric: str) -> str:
@@ -136,23 +180,35 @@ def worst_converged(history: Sequence[Mapping[str, Any]]) -> str:
     return " / ".join(percent(share) for share in (*shares, min(solved)))
 
 
+def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str:
+    """What iteration.md says."""
+    metric = next(iter(found[0]["results"]["test"]))
+    stages = "; then ".join(" ".join(stage) for stage in options.stages)
+    pieces = [
+        f"{options.experiment} {stages}: test {metric}, mean ± standard "
+        "deviation (ddof = 1) over n seeds, and the paired difference ± its standard error. "
+        "Converged: the smallest share of any epoch and seed, forward and backward in training, "
+        "and in validation. Steps: of the solver, on test rows. Size: parameters, encoders "
+        "included.",
+        table(found, metric),
+    ]
+    scores = parts_table(found, lambda results: results["test"])
+    steps = parts_table(found, steps_by_part)
+    pieces += ["By kind of test row:", scores] if scores else []
+    pieces += ["Steps of the solver:", steps] if steps else []
+    return "\n\n".join(pieces) + "\n"
+
+
 @exit_cleanly()
 def main() -> None:
     options = parse_args(sys.argv[1:])
     make_folder(options.run_dir, "--run-dir")
     # Refused before the first run, not after hours of them.
-    configs = {variant: config_of(options, variant) for variant in options.variants}
+    stages = {variant: stages_of(options, variant) for variant in options.variants}
     seeds = range(options.seeds)
-    found = [run(options, *variant, seed) for variant in configs.items() for seed in seeds]
+    found = [run(options, *variant, seed) for variant in stages.items() for seed in seeds]
     write_json(options.run_dir / "iteration.json", found)
-    metric = next(iter(found[0]["results"]["test"]))
-    text = (
-        f"{options.experiment} {' '.join(options.options)}: test {metric}, mean ± standard "
-        "deviation (ddof = 1) over n seeds, and the paired difference ± its standard error. "
-        "Converged: the smallest share of any epoch and seed, forward and backward in training, "
-        "and in validation. Steps: of the solver, on test rows. Size: parameters, encoders "
-        f"included.\n\n{table(found, metric)}\n"
-    )
+    text = page(options, found)
     write_text(options.run_dir / "iteration.md", text)
     print(text)
 
