@@ -20,6 +20,7 @@ def found(variant, seed, score, *history):
     results = {
         "seed": seed,
         "test": {"accuracy": score},
+        "validation": {"accuracy": score - 0.1},
         "solver": {"mean_steps": 7.0} if history else None,
         "parameters": 1000,
         "seconds": 3.0,
@@ -33,11 +34,12 @@ def test_the_table_pairs_seeds_and_tells_the_worst_epoch():
     runs += [found("its map once", seed, score) for seed, score in ((1, 0.7), (0, 0.9), (2, 0.1))]
     lines = [line.split(" | ") for line in iteration.table(runs, "accuracy").splitlines()]
     equilibrium, once = lines[2], lines[3]
-    assert "75.0 % / 90.0 % / 98.5 %" in equilibrium[4] and equilibrium[3].strip() == "–"
-    assert equilibrium[5].strip() == "7.0" and once[4].strip() == once[5].strip() == "–"
+    assert "75.0 % / 90.0 % / 98.5 %" in equilibrium[5] and equilibrium[4].strip() == "–"
+    assert equilibrium[6].strip() == "7.0" and once[5].strip() == once[6].strip() == "–"
     differences = [0.9 - 0.8, 0.7 - 0.9]  # seed 2 has no other run
-    assert once[3].strip() == f"{sum(differences) / 2:+.3f} ± {sem(differences):.3f}"
+    assert once[4].strip() == f"{sum(differences) / 2:+.3f} ± {sem(differences):.3f}"
     assert once[1].strip() == "3"
+    assert equilibrium[2].strip() == "0.750 ± 0.071" and equilibrium[3].strip() == "0.850 ± 0.071"
 
 
 def test_one_seed_has_no_standard_error():

@@ -35,10 +35,11 @@ from experiments.training.results import Results, mean_std
 from experiments.training.run_directory import finished, read_history
 
 ONCE = ("--fusion", "tokens_unrolled", "--jacobian-weight", "0")
+SHALLOW = ("--shallow-epochs", "8")
 POOLED = ("--fusion", "deq")
 VARIANTS: Mapping[str, Sequence[str]] = {
     "equilibrium": ("--fusion", "tokens"),
-    "equilibrium, shallow start": ("--fusion", "tokens", "--shallow-epochs", "8"),
+    "equilibrium, shallow start": ("--fusion", "tokens", *SHALLOW),
     "equilibrium, no penalty": ("--fusion", "tokens", "--jacobian-weight", "0"),
     "its map once": ONCE,
     "its map 3 times": (*ONCE, "--unroll-steps", "3"),
@@ -46,7 +47,11 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "cross-attention": ("--fusion", "cross_attention"),
     "concatenated vectors": ("--fusion", "concat"),
     "DEQ fusion of vectors": POOLED,
-    "DEQ fusion of vectors, shallow start": (*POOLED, "--shallow-epochs", "8"),
+    "DEQ fusion of vectors, shallow start": (*POOLED, *SHALLOW),
+    "DEQ fusion of vectors, clip 0": (*POOLED, "--clip", "0"),
+    "DEQ fusion of vectors, clip 1": (*POOLED, "--clip", "1"),
+    "DEQ fusion of vectors, clip 1, shallow start": (*POOLED, "--clip", "1", *SHALLOW),
+    "DEQ fusion of vectors, clip 1, warm-up": (*POOLED, "--clip", "1", "--warmup", "100"),
     "DEQ fusion at every cell": (*POOLED, "--place", "middle"),
     "DEQ fusion at every cell alone": (*POOLED, "--place", "middle", "--alone"),
 }
@@ -99,7 +104,8 @@ def table(found: Sequence[Mapping[str, Any]], metric: str) -> str:
     """A row a variant; the first one is what the others are set beside."""
     variants = _by_variant(found)
     first = next(iter(variants))
-    lines = [["variant", "n", metric, f"less {first}", "converged", "steps", "size", "seconds"]]
+    columns = ("converged", "steps", "size", "seconds")
+    lines = [["variant", "n", "validation", "test", f"less {first}", *columns]]
     for variant, runs in variants.items():
         results: list[Results] = [one["results"] for one in runs]
         steps = [(result["solver"] or {}).get("mean_steps") for result in results]
@@ -109,6 +115,7 @@ def table(found: Sequence[Mapping[str, Any]], metric: str) -> str:
             [
                 variant,
                 str(len(runs)),
+                spread(mean_std([result["validation"][metric] for result in results])),
                 spread(mean_std([result["test"][metric] for result in results])),
                 "–" if variant == first else paired(found, first, variant, metric),
                 worst_converged([row for one in runs for row in one["history"]]),
@@ -185,8 +192,9 @@ def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str
     metric = next(iter(found[0]["results"]["test"]))
     stages = "; then ".join(" ".join(stage) for stage in options.stages)
     pieces = [
-        f"{options.experiment} {stages}: test {metric}, mean ± standard "
-        "deviation (ddof = 1) over n seeds, and the paired difference ± its standard error. "
+        f"{options.experiment} {stages}: {metric}, mean ± standard "
+        "deviation (ddof = 1) over n seeds, and the paired difference on test ± its standard "
+        "error. "
         "Converged: the smallest share of any epoch and seed, forward and backward in training, "
         "and in validation. Steps: of the solver, on test rows. Size: parameters, encoders "
         "included.",
