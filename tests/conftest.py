@@ -159,8 +159,7 @@ OTHERS = ("p2_m3_d8_b1", "p3_m2_d64_b16", "p4_m3_d64_b5")  # the two here have a
 @pytest.fixture(
     params=[
         "p1_m2_d8_b5",
-        "p5_m3_d16_b16",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("p5_m3_d16_b16", *OTHERS)),
     ]
 )
 def golden(request, x64):

@@ -114,6 +114,7 @@ def test_a_fusion_of_positions(results, fusion):
         assert got["solver"]["converged"] > 0.95
 
 
+@pytest.mark.slow
 def test_several_classes_a_row(results):
     x = {name: around(sign, 5) for name, sign in SIGN.items()}
     labels = np.stack([SIGN["a"] > 0, SIGN["b"] > 0, SIGN["c"] * SIGN["a"] > 0], axis=1)

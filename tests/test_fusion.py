@@ -192,6 +192,7 @@ def test_masked_is_dropped():
     assert relative(out.fused[1], whole.fused[1]) > 0.01
 
 
+@pytest.mark.slow
 def test_masked_gradients_are_dropped_gradients():
     c = jax.random.normal(jax.random.key(5), (4, D))
 
@@ -330,7 +331,8 @@ def test_a_warm_start_takes_one_step(schedule):
     np.testing.assert_allclose(warm.fused, cold.fused, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["joint", "staged"])
 def test_the_adjoint_is_watched_and_warm_started(schedule):
     x, layer = features(), LAYER.clone(schedule=schedule)
 

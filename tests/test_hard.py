@@ -41,6 +41,7 @@ def finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
 def test_inputs_of_every_scale(scale):
     out, gradients = solved(VARIABLES, {name: scale * x for name, x in X.items()})

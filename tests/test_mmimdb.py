@@ -77,7 +77,7 @@ class TestFeatures:
     @pytest.mark.parametrize(
         "fusion",
         [
-            name if name in ("deq", "concat") else pytest.param(name, marks=pytest.mark.slow)
+            name if name == "concat" else pytest.param(name, marks=pytest.mark.slow)
             for name in FUSIONS
         ],
     )
@@ -116,6 +116,7 @@ class TestFeatures:
         assert last["mean_steps"] < 0.9 * first["mean_steps"]
         assert last["backward_steps"] < 0.9 * first["backward_steps"]
 
+    @pytest.mark.slow
     def test_precomputed_features_take_the_place_of_the_data_s_own(self, main, small, tmp_path):
         """With a text that spells the labels out, the text alone learns them."""
         with h5py.File(small) as file:

@@ -100,6 +100,7 @@ class TestUtterances:
         assert found["logistic regression"]["auc"] < 0.7
         assert found["logistic regression, context"]["auc"] > 0.85
 
+    @pytest.mark.slow
     def test_files_of_the_same_form(self, main, made_up, tmp_path):
         """The first features of every modality tell the class: a few epochs learn it."""
         status, _, err = main(

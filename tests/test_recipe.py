@@ -83,6 +83,7 @@ def test_the_tolerance_falls_by_equal_factors():
     assert recipe.loosened(pooled, jnp.int32(0)) is pooled
 
 
+@pytest.mark.slow
 def test_a_loose_tolerance_takes_fewer_steps_in_training():
     task = task_of(recipe=Recipe(warmup=100, tol_start=0.3))
     state = init_state(task, adamw(1e-2, 0.0), INPUTS, 0)
@@ -151,6 +152,7 @@ def whole():
     return fitted(task_of(jacobian_weight=0.1), SHALLOW)
 
 
+@pytest.mark.slow
 class TestAShallowStart:
     def test_it_trains_as_the_unroll_does(self, whole):
         tied = task_of(WeightTied(8, steps=1, tol=1e-3), jacobian_weight=0.1)

@@ -29,9 +29,15 @@ from deq_fusion_jax.fixed_point import _compiled
 
 SOLVERS = [Picard, Anderson, Broyden]
 each_solver = pytest.mark.parametrize("solver", SOLVERS)
-# Compiled for several devices, which takes its time.
+
+
+def in_slow(*values):
+    """What takes long to compile, as further values of a parameter."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 one_now_and_the_others_in_slow = pytest.mark.parametrize(
-    "solver", [Anderson, *(pytest.param(other, marks=pytest.mark.slow) for other in SOLVERS[::2])]
+    "solver", [Anderson, *in_slow(Picard, Broyden)]
 )
 RNG = np.random.default_rng(0)
 W = jnp.asarray(0.2 * RNG.normal(size=(6, 6)), jnp.float32)
@@ -260,8 +266,9 @@ def test_a_masked_sample_adds_exactly_nothing(solver, rule):
     assert jnp.isfinite(inputs[jnp.arange(8) != 3]).all()
 
 
-@pytest.mark.parametrize(("batch", "width"), [(6, 6), (12, 6), (1, 3)])
-def test_a_masked_sample_where_other_axes_are_as_long_as_the_batch(batch, width):
+@pytest.mark.parametrize("sizes", [(6, 6), *in_slow((12, 6), (1, 3))])
+def test_a_masked_sample_where_other_axes_are_as_long_as_the_batch(sizes):
+    batch, width = sizes
     W = 0.1 * jnp.eye(width) + 0.02
     x = jax.random.normal(jax.random.key(0), (batch, width))
     gradient = jax.grad(partial(loss, solver=Picard(1e-5, 200)))
@@ -294,8 +301,8 @@ def test_an_unmasked_sample_that_fails_adds_exactly_nothing():
 
 
 @one_now_and_the_others_in_slow
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("ambient", [False, True])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, *in_slow(AxisType.Auto)])
+@pytest.mark.parametrize("ambient", [True, *in_slow(False)])
 def test_meshes(solver, kind, ambient):
     want = jax.grad(loss)(W, X, solver(1e-5, 200))
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
@@ -313,6 +320,7 @@ def test_meshes(solver, kind, ambient):
         close(got(jax.jit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_start_that_is_not_sharded_as_f_is(kind):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
@@ -322,8 +330,8 @@ def test_a_start_that_is_not_sharded_as_f_is(kind):
         np.testing.assert_allclose(solve(x), solve(X), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("batch_axis", [None, "d"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, *in_slow(AxisType.Auto)])
+@pytest.mark.parametrize("batch_axis", ["d", *in_slow(None)])
 def test_a_fusion_on_a_mesh(kind, batch_axis):
     inputs = {"a": X, "b": X + 1}
     fusion = DEQFusion(features=8, solver=TIGHT)
@@ -351,6 +359,7 @@ def test_shard_map_where_the_start_is_alike_on_all_devices(check):
     np.testing.assert_allclose(solve(a)[:, 0], 1 / (1 - a), rtol=1e-3)
 
 
+@pytest.mark.slow
 @one_now_and_the_others_in_slow
 @pytest.mark.parametrize("check", [True, False])
 def test_a_collective_in_f_stops_all_devices_together(solver, check):
@@ -405,7 +414,7 @@ def test_eager_calls_compile_once():
     assert _compiled._cache_size() == compiled + 1
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(0, 3), *in_slow((3, 0), (0, 0))])
 @each_solver
 def test_nothing_to_solve(shape, solver):
     def objective(z0):
@@ -417,7 +426,10 @@ def test_nothing_to_solve(shape, solver):
     assert stats.converged.all()
 
 
-@pytest.mark.parametrize("solver", [*(s(1e-5, 200) for s in SOLVERS), Anderson(1e-5, trace=True)])
+@pytest.mark.parametrize(
+    "solver",
+    [Anderson(1e-5, trace=True), *in_slow(*(make(1e-5, 200) for make in SOLVERS))],
+)
 def test_strict_modes(solver):
     def objective(W, x):
         z, stats = deq_fixed_point(layer, jnp.zeros_like(x), W, x, solver=solver)
@@ -489,6 +501,7 @@ def test_auxiliary_output(x64):
         deq_fixed_point(f, jnp.zeros((1, 1)), 0.9)
 
 
+@pytest.mark.slow
 def test_export_of_statistics_and_of_gradients():
     rule = Implicit(on_failure="nan")  # a warning is a host callback, which no file can hold
     solve = jax.jit(lambda x: deq_fixed_point(layer, jnp.zeros_like(x), W, x, gradient=rule))
@@ -512,7 +525,7 @@ def test_types_too_coarse():
         deq_fixed_point(jnp.cos, jnp.zeros((2, 2), jnp.float8_e4m3fn), solver=Picard(0.2))
 
 
-@each_solver
+@one_now_and_the_others_in_slow
 def test_tolerance_and_budget_at_run_time(solver):
     traces = 0
 

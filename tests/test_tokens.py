@@ -204,6 +204,7 @@ def test_attention_is_that_of_flax(x64):
     close(got, expected + params["out"]["bias"], 1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_differences(x64):
     """In every parameter and input, padding and a missing modality included."""
     inputs = inputs_of(dtype=np.float64)
