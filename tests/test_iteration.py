@@ -82,6 +82,15 @@ def test_a_stage_has_the_options_of_the_first_one_and_its_own():
     assert all(stage.fusion == "tokens_unrolled" for stage in stages)
 
 
+def test_the_first_stages_may_be_those_of_another_variant():
+    words = "relations,--begin,its map 3 times,--deepest,1,--then,--deepest,2"
+    options = iteration.parse_args(words.split(","))
+    first, last = iteration.stages_of(options, "equilibrium")
+    assert (first.fusion, first.unroll_steps, last.fusion) == ("tokens_unrolled", 3, "tokens")
+    first, last = iteration.stages_of(options, "cross-attention")
+    assert first.fusion == last.fusion == "cross_attention"
+
+
 def test_parts_are_told_apart():
     kinds = {"accuracy": 0.5, "yes/no": 0.8, "shape": 0.2}
     runs = [found("equilibrium", seed, 0.5) for seed in range(2)]

@@ -8,8 +8,10 @@
 Every variant is trained with every seed, which draws the same rows for all of them, so scores are
 compared seed by seed. Options that are not the command's own go to the experiment. What follows
 --then is a stage: the variant is trained once more, from the weights of the stage before, with the
-first stage's options and these; the table has the last one. Writes `iteration.json` and
-`iteration.md` into --run-dir; runs that are there already are taken as they are.
+first stage's options and these; the table has the last one. With --begin, those that share its map
+go through the stages before the last as one variant, in place of their own. Writes
+`iteration.json` and `iteration.md` into --run-dir; runs that are there already are taken as they
+are.
 """
 
 import argparse
@@ -65,6 +67,8 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     first, *others = split
     parser = Parser("benchmarks.iteration", __doc__.split("\n")[0], EXPERIMENTS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    begins = [name for name in VARIANTS if _shares_map(name)]
+    parser.add_argument("--begin", choices=begins, help="of the stages before the last")
     options, rest = parser.own_and_rest(first)
     options.stages = [rest, *([*rest, *stage] for stage in others)]
     if options.run_dir is None:
@@ -72,10 +76,23 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _shares_map(variant: str) -> bool:
+    return VARIANTS[variant][1].startswith("tokens")
+
+
+def _stage_variant(options: argparse.Namespace, variant: str) -> str:
+    """As what a variant goes through the stages before the last."""
+    return options.begin if options.begin and _shares_map(variant) else variant
+
+
 def stages_of(options: argparse.Namespace, variant: str) -> list[Any]:
     """A configuration a stage. Raises InputError where the experiment has no such variant."""
-    parse = experiment(options.experiment).parse_args
-    stages = [parse([*stage, *VARIANTS[variant]]) for stage in options.stages]
+    parse, last = experiment(options.experiment).parse_args, len(options.stages) - 1
+    begin = _stage_variant(options, variant)
+    stages = [
+        parse([*stage, *VARIANTS[variant if number_of == last else begin]])
+        for number_of, stage in enumerate(options.stages)
+    ]
     if len(stages) > 1 and not hasattr(stages[0], "start"):
         raise InputError(f"--then needs --start, which {options.experiment} does not have")
     return stages
@@ -85,11 +102,14 @@ def run(
     options: argparse.Namespace, variant: str, stages: Sequence[Any], seed: int
 ) -> dict[str, Any]:
     """{"variant", "results", "history"} of the last stage; stages that are there are taken."""
-    name = f"{variant}, seed {seed}".replace(", ", "-").replace(" ", "-")
-    results, run_dir = None, options.run_dir / name
+    results, run_dir = None, options.run_dir
     for number_of, config in enumerate(stages, 1):
+        last = number_of == len(stages)
+        name = variant if last else _stage_variant(options, variant)
+        stage = f", stage {number_of}" if len(stages) > 1 else ""
         start = {"start": run_dir} if number_of > 1 else {}
-        run_dir = options.run_dir / (f"{name}-stage-{number_of}" if len(stages) > 1 else name)
+        folder = f"{name}, seed {seed}{stage}".replace(", ", "-").replace(" ", "-")
+        run_dir = options.run_dir / folder
         config = dataclasses.replace(config, seed=seed, run_dir=run_dir, resume=True, **start)
         results = finished(options.experiment, config, run_dir)
         results = results or experiment(options.experiment).run(config)
