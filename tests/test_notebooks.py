@@ -16,7 +16,9 @@ import deq_fusion_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-DOCUMENTED_MODULES = {"deq_fusion_jax.baselines", "deq_fusion_jax.official"}
+DOCUMENTED_MODULES = {
+    f"deq_fusion_jax.{name}" for name in ("baselines", "token_baselines", "official")
+}
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/])/(home|Users|root|tmp|work|usr|opt|var|mnt|media|srv|content)/|\b[A-Z]:\\"
 )

@@ -210,9 +210,10 @@ def worst_converged(history: Sequence[Mapping[str, Any]]) -> str:
 def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str:
     """What iteration.md says."""
     metric = next(iter(found[0]["results"]["test"]))
-    stages = "; then ".join(" ".join(stage) for stage in options.stages)
+    stages = "; then ".join(" ".join(map(_named, stage)) for stage in options.stages)
+    begin = f" (begun as {options.begin!r})" if options.begin else ""
     pieces = [
-        f"{options.experiment} {stages}: {metric}, mean ± standard "
+        f"{options.experiment} {stages}{begin}: {metric}, mean ± standard "
         "deviation (ddof = 1) over n seeds, and the paired difference on test ± its standard "
         "error. "
         "Converged: the smallest share of any epoch and seed, forward and backward in training, "
@@ -225,6 +226,11 @@ def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str
     pieces += ["By kind of test row:", scores] if scores else []
     pieces += ["Steps of the solver:", steps] if steps else []
     return "\n\n".join(pieces) + "\n"
+
+
+def _named(word: str) -> str:
+    """An option, or of a path its name: a page does not tell where things lie on a machine."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 @exit_cleanly()
