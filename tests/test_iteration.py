@@ -29,7 +29,8 @@ def found(variant, seed, score, *history):
 
 
 def test_the_table_pairs_seeds_and_tells_the_worst_epoch():
-    history = [row(), row(0.999, 0.9), row(0.75, 1.0, 0.985)]
+    start = {"train": {}, "solver": {"converged": 0.1}}  # nothing has been trained yet
+    history = [row(), start, row(0.999, 0.9), row(0.75, 1.0, 0.985)]
     runs = [found("equilibrium", seed, score, *history) for seed, score in enumerate([0.8, 0.9])]
     runs += [found("its map once", seed, score) for seed, score in ((1, 0.7), (0, 0.9), (2, 0.1))]
     lines = [line.split(" | ") for line in iteration.table(runs, "accuracy").splitlines()]

@@ -198,13 +198,15 @@ def paired(found: Sequence[Mapping[str, Any]], first: str, variant: str, metric:
 
 def worst_converged(history: Sequence[Mapping[str, Any]]) -> str:
     """Shares that converged, forward and backward in training and in validation, in the epoch and
-    with the seed where they were smallest; – where nothing is solved."""
-    trained = [row["train"] for row in history if "backward_converged" in row["train"]]
-    if not trained:
+    with the seed where they were smallest; – where nothing is solved. Weights that no step with a
+    solve has changed do not count."""
+    solved = [row for row in history if "backward_converged" in row["train"]]
+    if not solved:
         return "–"
-    shares = [min(row[name] for row in trained) for name in ("converged", "backward_converged")]
-    solved = [row["solver"]["converged"] for row in history if row["solver"]]
-    return " / ".join(percent(share) for share in (*shares, min(solved)))
+    names = ("converged", "backward_converged")
+    shares = [min(row["train"][name] for row in solved) for name in names]
+    validated = min(row["solver"]["converged"] for row in solved)
+    return " / ".join(percent(share) for share in (*shares, validated))
 
 
 def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str:
