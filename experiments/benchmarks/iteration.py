@@ -212,12 +212,12 @@ def worst_converged(history: Sequence[Mapping[str, Any]]) -> str:
 def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str:
     """What iteration.md says."""
     metric = next(iter(found[0]["results"]["test"]))
-    stages = "; then ".join(" ".join(map(_named, stage)) for stage in options.stages)
-    begin = f" (begun as {options.begin!r})" if options.begin else ""
+    stages = (" ".join([options.experiment, *map(_named, stage)]) for stage in options.stages)
+    begin = f", begun as {options.begin!r}" if options.begin else ""
     pieces = [
-        f"{options.experiment} {stages}{begin}: {metric}, mean ± standard "
-        "deviation (ddof = 1) over n seeds, and the paired difference on test ± its standard "
-        "error. "
+        f"{found[0]['results']['dataset']}; {'; then '.join(stages)}{begin}: {metric}, mean ± "
+        "standard deviation (ddof = 1) over n seeds, and the paired difference on test ± its "
+        "standard error. "
         "Converged: the smallest share of any epoch and seed, forward and backward in training, "
         "and in validation. Steps: of the solver, on test rows. Size: parameters, encoders "
         "included.",

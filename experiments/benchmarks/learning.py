@@ -222,6 +222,15 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figures.sweep(epochs, panels, "epoch", log=("gradient norm",))
 
 
+def page(title: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """What learning.md says."""
+    seeds = len({run["seed"] for run in runs})
+    return (
+        f"{title}: validation rows, seeds: {seeds}.\n\n{rates_table(runs)}\n\n"
+        f"Every variant at its best rate, means over the seeds:\n\n{course_table(runs)}\n"
+    )
+
+
 @exit_cleanly()
 def main() -> None:
     options = parse_args(sys.argv[1:])
@@ -232,17 +241,14 @@ def main() -> None:
         for rate in options.rates:
             for seed in range(options.seeds):
                 config = dataclasses.replace(config, learning_rate=rate, seed=seed)
-                job = experiment(options.experiment).job(config)
+                job: Job = experiment(options.experiment).job(config)
                 rows = follow(job, seed, job.schedule.epochs)
                 runs.append({"variant": name, "rate": rate, "seed": seed, "rows": rows})
                 print(f"{name}, rate {rate:g}, seed {seed}: {rows[-1]}", flush=True)
             jax.clear_caches()
     write_json(options.run_dir / "learning.json", {"runs": runs, "versions": versions()})
-    text = (
-        f"{options.experiment} {' '.join(options.rest)}: {options.seeds} seeds, validation rows, "
-        f"every epoch measured.\n\n{rates_table(runs)}\n\nEvery variant at its best rate, means "
-        f"over the seeds:\n\n{course_table(runs)}\n"
-    )
+    command = " ".join([options.experiment, *options.rest])
+    text = page(f"{job.dataset.description}; {command}", runs)
     write_text(options.run_dir / "learning.md", text)
     picture(runs).save(options.run_dir / "learning.png")
     print(text)
