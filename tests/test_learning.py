@@ -30,6 +30,7 @@ def followed():
     return job, state, split, gradient_of(job.task, state, *split, start)
 
 
+@pytest.mark.slow
 def test_amplification_is_that_of_the_dense_inverse(followed):
     job, state, split, gradient = followed
     found = learning.amplification(job.task, state.variables, split.inputs, gradient.ends)
