@@ -209,7 +209,7 @@ def course_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """Every variant at its best rate, means over the seeds, against epochs."""
-    keys = ("validation", "gradient norm", "signal", "radius", "amplification")
+    keys = ("amplification", "radius", "gradient norm", "signal", "validation")  # the last has all
     panels: dict[str, dict[str, np.ndarray]] = {key: {} for key in keys}
     epochs: list[float] = []
     for name, rate in best_rates(runs).items():
