@@ -225,7 +225,7 @@ def page(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str
     ]
     scores = parts_table(found, lambda results: results["test"])
     steps = parts_table(found, steps_by_part)
-    pieces += ["By kind of test row:", scores] if scores else []
+    pieces += ["All scores on test:", scores] if scores else []
     pieces += ["Steps of the solver:", steps] if steps else []
     return "\n\n".join(pieces) + "\n"
 

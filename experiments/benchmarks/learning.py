@@ -22,7 +22,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from deq_fusion_jax.state import ravel
 from experiments.benchmarks.iteration import VARIANTS
@@ -108,7 +109,6 @@ def _of_batches(task: Task, state: TrainState, rows: Split, index: jax.Array) ->
         inputs, labels = jax.tree.map(lambda x: x[index], tuple(rows))
         start = solver_start(task, state, inputs, None)
         gradient = gradient_of(task, state, inputs, labels, start)
-        leaves = jax.tree.leaves(gradient.params)
         rngs, seen = {"radius": jax.random.key(0)}, {}
         out: Any = task.model.apply(state.variables._asdict(), inputs, rngs=rngs)
         if out.fusion.spectral_radius is not None:
@@ -117,7 +117,7 @@ def _of_batches(task: Task, state: TrainState, rows: Split, index: jax.Array) ->
             seen["amplification"] = amplification(task, state.variables, inputs, gradient.ends)
             failed = gradient.ends.adjoint0.failed > 0
             seen["failed"] = failed | ~out.fusion.stats.converged
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), seen
+        return ravel_pytree(gradient.params)[0], seen
 
     return jax.lax.map(of_batch, index)
 
@@ -128,7 +128,7 @@ def amplification(task: Task, variables: Variables, inputs: Any, ends: Warm) -> 
     The map is the fusion's cell applied once, without dropout.
     """
     fusion: Any = getattr(task.model, "fusion", None)
-    once = Recipe(shallow_steps=1).shallow(task.model)
+    once = Recipe().shallow(task.model)
 
     def image(z: Any) -> Any:
         prediction: Any = once.apply(variables._asdict(), inputs, z0=z)
@@ -171,6 +171,15 @@ def best_rates(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: max(of, key=lambda rate: fmean(of[rate])) for name, of in scores.items()}
 
 
+def at_best_rates(
+    runs: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, float, list[list[Row]]]]:
+    """Every variant, its best rate, and the rows of its runs at that rate."""
+    for name, rate in best_rates(runs).items():
+        chosen = (run for run in runs if (run["variant"], run["rate"]) == (name, rate))
+        yield name, rate, [run["rows"] for run in chosen]
+
+
 def best_scores(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[float]]]:
     """{variant: {rate: best validation score of every seed}}."""
     scores: dict[str, dict[float, list[float]]] = {}
@@ -193,8 +202,7 @@ def course_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Every variant at its best rate: four epochs of its training, means over the seeds."""
     columns = ("gradient norm", "signal", "radius", "max radius", "amplification")
     lines = [["variant", "rate", "epoch", "validation", *columns, "max amplification", "failed"]]
-    for name, rate in best_rates(runs).items():
-        chosen = [run["rows"] for run in runs if (run["variant"], run["rate"]) == (name, rate)]
+    for name, rate, chosen in at_best_rates(runs):
         last = len(chosen[0]) - 1
         for epoch in sorted({0, last // 4, last // 2, last}):
             rows = [history[epoch] for history in chosen]
@@ -212,8 +220,7 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> Figure:
     keys = ("amplification", "radius", "gradient norm", "signal", "validation")  # the last has all
     panels: dict[str, dict[str, np.ndarray]] = {key: {} for key in keys}
     epochs: list[float] = []
-    for name, rate in best_rates(runs).items():
-        chosen = [run["rows"] for run in runs if (run["variant"], run["rate"]) == (name, rate)]
+    for name, _, chosen in at_best_rates(runs):
         epochs = [row["epoch"] for row in chosen[0]]
         for key in keys:
             if all(key in row for row in chosen[0]):
