@@ -28,7 +28,8 @@ import jax
 
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import make_folder, write_json, write_text
+from experiments.common.files import write_json, write_text
+from experiments.common.lock import folder_alone
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.run import EXPERIMENTS, experiment
 from experiments.training.config import SOLVED
@@ -71,8 +72,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--begin", choices=begins, help="of the stages before the last")
     options, rest = parser.own_and_rest(first)
     options.stages = [rest, *([*rest, *stage] for stage in others)]
-    if options.run_dir is None:
-        options.run_dir = Path("runs/iteration") / time.strftime("%Y%m%d-%H%M%S")
     return options
 
 
@@ -238,15 +237,16 @@ def _named(word: str) -> str:
 @exit_cleanly()
 def main() -> None:
     options = parse_args(sys.argv[1:])
-    make_folder(options.run_dir, "--run-dir")
     # Refused before the first run, not after hours of them.
     stages = {variant: stages_of(options, variant) for variant in options.variants}
-    seeds = range(options.seeds)
-    found = [run(options, *variant, seed) for variant in stages.items() for seed in seeds]
-    write_json(options.run_dir / "iteration.json", found)
-    text = page(options, found)
-    write_text(options.run_dir / "iteration.md", text)
-    print(text)
+    new = Path("runs/iteration") / time.strftime("%Y%m%d-%H%M%S")
+    with folder_alone(options.run_dir, new) as options.run_dir:
+        seeds = range(options.seeds)
+        found = [run(options, *variant, seed) for variant in stages.items() for seed in seeds]
+        write_json(options.run_dir / "iteration.json", found)
+        text = page(options, found)
+        write_text(options.run_dir / "iteration.md", text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ from deq_fusion_jax.state import ravel
 from experiments.benchmarks.iteration import VARIANTS
 from experiments.common.cli import Parser
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.common.files import make_folder, versions, write_json, write_text
+from experiments.common.files import versions, write_json, write_text
+from experiments.common.lock import folder_alone
 from experiments.common.text import markdown_table, number, percent, spread
 from experiments.datasets import Split
 from experiments.reporting import figures
@@ -62,8 +63,6 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     options, rest = parser.own_and_rest(args)
     options.rest = rest
-    if options.run_dir is None:
-        options.run_dir = Path("runs/learning") / time.strftime("%Y%m%d-%H%M%S")
     return options
 
 
@@ -238,27 +237,35 @@ def page(title: str, runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-@exit_cleanly()
-def main() -> None:
-    options = parse_args(sys.argv[1:])
-    make_folder(options.run_dir, "--run-dir")
-    parse, runs = experiment(options.experiment).parse_args, []
-    configs = {name: parse([*options.rest, *VARIANTS[name]]) for name in options.variants}
+def follow_all(options: argparse.Namespace, folder: Path) -> str:
+    """Trains and measures everything, writes the folder, and returns the page."""
+    module, runs = experiment(options.experiment), list[dict[str, Any]]()
+    configs = {
+        name: module.parse_args([*options.rest, *VARIANTS[name]]) for name in options.variants
+    }
     for name, config in configs.items():
         for rate in options.rates:
             for seed in range(options.seeds):
                 config = dataclasses.replace(config, learning_rate=rate, seed=seed)
-                job: Job = experiment(options.experiment).job(config)
+                job: Job = module.job(config)
                 rows = follow(job, seed, job.schedule.epochs)
                 runs.append({"variant": name, "rate": rate, "seed": seed, "rows": rows})
                 print(f"{name}, rate {rate:g}, seed {seed}: {rows[-1]}", flush=True)
+                write_json(folder / "learning.json", {"runs": runs, "versions": versions()})
             jax.clear_caches()
-    write_json(options.run_dir / "learning.json", {"runs": runs, "versions": versions()})
     command = " ".join([options.experiment, *options.rest])
     text = page(f"{job.dataset.description}; {command}", runs)
-    write_text(options.run_dir / "learning.md", text)
-    picture(runs).save(options.run_dir / "learning.png")
-    print(text)
+    write_text(folder / "learning.md", text)
+    picture(runs).save(folder / "learning.png")
+    return text
+
+
+@exit_cleanly()
+def main() -> None:
+    options = parse_args(sys.argv[1:])
+    new = Path("runs/learning") / time.strftime("%Y%m%d-%H%M%S")
+    with folder_alone(options.run_dir, new) as folder:
+        print(follow_all(options, folder))
 
 
 if __name__ == "__main__":
