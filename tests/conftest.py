@@ -1,6 +1,7 @@
 """Fixtures shared by the tests of the library."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,15 @@ from hypothesis import HealthCheck, settings
 from deq_fusion_jax import FusionState
 from deq_fusion_jax.official import params_from_official
 
-# Most of the time here goes into compiling what runs once, and half of that into XLA's
-# optimisations. README's code and the commands run with them, as a user's programs.
+# Most of the time here goes into compiling what runs once, most of that into XLA's optimisations
+# and its newer fusions. README's code and the commands run with them, as a user's programs.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of several; the others use the first
+if jax.__version_info__ < (0, 11):  # later ones have no other
+    with pytest.MonkeyPatch.context() as environment:
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+        environment.setenv("XLA_FLAGS", flags + " --xla_cpu_parallel_codegen_split_count=1")
+        jax.devices()  # reads them
 
 # `--hypothesis-profile thorough` draws forty times as many examples.
 FIXED = {"deadline": None, "database": None, "derandomize": True}
