@@ -257,7 +257,8 @@ class TestBadInput:
         (folder / "1_tr.csv").write_text(text.replace(text[:10], "nan", 1))
         refuses("1_tr.csv", "--data-dir", folder)
 
-    @pytest.mark.parametrize("rows", [6, pytest.param(8, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rows", [6, 8])
     def test_a_handful_of_patients_is_no_error(self, main, tmp_path, monkeypatch, rows):
         """Fewer than the five folds of the logistic regression."""
         monkeypatch.chdir(tmp_path)

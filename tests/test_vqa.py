@@ -107,7 +107,8 @@ class TestModel:
         assert out.logits.shape == (3, 13) and out.fusion.fused.shape == (3, *cells, 16)
         assert out.fusion.stats.converged.all()
 
-    @pytest.mark.parametrize("place", [pytest.param("middle", marks=pytest.mark.slow), "early"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("place", ["middle", "early"])
     def test_cells_alone_stay_with_their_picture(self, place):
         inputs, model = self.inputs(), self.model(place, True, fusion=WeightTied(16, steps=3))
         variables = model.init(jax.random.key(0), inputs)
