@@ -39,10 +39,12 @@ from experiments.training.run_directory import finished, read_history
 
 ONCE = ("--fusion", "tokens_unrolled", "--jacobian-weight", "0")
 SHALLOW = ("--shallow-epochs", "8")
+DEEP_FIRST = ("--shallow-epochs", "1", "--shallow-steps", "10")
 POOLED = ("--fusion", "deq")
 VARIANTS: Mapping[str, Sequence[str]] = {
     "equilibrium": ("--fusion", "tokens"),
     "equilibrium, shallow start": ("--fusion", "tokens", *SHALLOW),
+    "equilibrium, 10 times first": ("--fusion", "tokens", *DEEP_FIRST),
     "equilibrium, no penalty": ("--fusion", "tokens", "--jacobian-weight", "0"),
     "its map once": ONCE,
     "its map 3 times": (*ONCE, "--unroll-steps", "3"),

@@ -1,4 +1,6 @@
-"""Build a TFDS data set once, keep it, check it, read it back: array_record, no TensorFlow.
+"""Build a TFDS data set, or other files, once; keep them, check them, read them back.
+
+Data sets are read as array_record, without TensorFlow.
 
 A prepared data set lives in ``CACHE/<builder name>/<fingerprint>/``. The fingerprint covers the
 source files and the builder's version, so changed sources are prepared anew. The folder appears by
@@ -102,6 +104,17 @@ def prepare(
 
     ``make_builder(data_dir)`` is called only when there is something to build.
     """
+    home = prepared_folder(lambda scratch: _build(make_builder, scratch), name, key, cache_dir)
+    return tfds.builder_from_directory(home)
+
+
+def prepared_folder(
+    build: Callable[[Path], Path], name: str, key: str, cache_dir: Path | None = None
+) -> Path:
+    """The folder ``name``/``key`` of the cache, whole, or else built there.
+
+    ``build(scratch)`` writes files into an empty folder, and returns that, or one in there.
+    """
     home = cache_root(cache_dir) / name / key
     damage = _damage(home)
     if damage:
@@ -114,8 +127,8 @@ def prepare(
             naming_full_disk(home),
             tempfile.TemporaryDirectory(prefix="incomplete-", dir=home.parent) as scratch,
         ):
-            _publish(_build(make_builder, scratch), home)
-    return tfds.builder_from_directory(home)
+            _publish(build(Path(scratch)), home)
+    return home
 
 
 class Examples:
@@ -177,9 +190,9 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, np.nd
     return read_columns(source, range(len(source)))
 
 
-def _build(make_builder: Callable[[str], tfds.core.DatasetBuilder], scratch: str) -> Path:
+def _build(make_builder: Callable[[str], tfds.core.DatasetBuilder], scratch: Path) -> Path:
     with _quiet():
-        builder = make_builder(scratch)
+        builder = make_builder(str(scratch))
         builder.download_and_prepare(
             file_format="array_record",
             download_config=tfds.download.DownloadConfig(
