@@ -1,25 +1,36 @@
-"""Questions about pictures: easy-VQA, with the fusion late, in the middle, early, or of positions.
+"""Questions about pictures, with the fusion late, in the middle, early, or of positions.
 
-    python -m experiments.vqa                                   DEQFusion of two vectors
-    python -m experiments.vqa --fusion tokens                   the equilibrium over cells and words
-    python -m experiments.vqa --fusion deq --place middle       DEQFusion at every cell
-    python -m experiments.vqa --images 400                      few pictures, where fusions differ
+    python -m experiments.vqa                                   DEQFusion of two vectors, a sample
+    python -m experiments.vqa --fusion deq --place middle       DEQFusion at every region
+    python -m experiments.vqa --fusion tokens                   the equilibrium over regions, words
+    python -m experiments.vqa --easy-vqa                        real pictures, of a package
+    python -m experiments.vqa --easy-vqa --images 400           few of them, where fusions differ
 
-The data come with a package, `pip install -e '.[vqa]'`; the model and the places are described in
-`experiments.models.vqa`. Cross-entropy plus γ × the Jacobian penalty; AdamW. Scores are accuracies,
-of all questions and by the kind of answer. Beside them stands the most frequent answer to each
-question, whatever the picture.
+The sample is synthetic, in the files of VQA v2 (`experiments.datasets.vqa_sample`), and the model
+the co-attention of `experiments.models.mcan`; the loss is the binary cross-entropy of the official
+accuracies of all answers, which is also the score. With --easy-vqa the data come with a package,
+`pip install -e '.[vqa]'`, the model is that of `experiments.models.vqa`, the loss cross-entropy and
+the score the share of right answers. γ × the Jacobian penalty is added; AdamW. Scores are told of
+all questions and by the kind of answer, beside what can be had without the picture.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
-from experiments.datasets import easy_vqa
+from experiments.datasets import Dataset, easy_vqa
+from experiments.datasets import vqa as data
+from experiments.datasets.vqa_answers import PEOPLE, WORTH
+from experiments.models.mcan import MCAN
 from experiments.models.tokens import takes_positions
 from experiments.models.vqa import Place, VQAModel
 from experiments.run import Job, execute
@@ -28,7 +39,7 @@ from experiments.training.metrics import Metrics, accuracies
 from experiments.training.recipe import adamw
 from experiments.training.results import Results
 from experiments.training.schedule import Schedule
-from experiments.training.task import Task, cross_entropy, softmax
+from experiments.training.task import Prediction, Task, cross_entropy, sigmoid, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +47,21 @@ class Config(CommonConfig):
     """Questions about pictures.
 
     Attributes:
-      images: pictures to train on, with about ten questions each.
+      easy_vqa: the pictures and questions of the package easy-vqa, in place of the sample.
+      images: of easy-VQA, pictures to train on, with about ten questions each; None: all.
       place: where deq, weight_tied, concat, … meet the picture: late, middle or early.
-      alone: middle and early, every cell of a picture is a sample of its own.
+      alone: of easy-VQA, middle and early: every cell of a picture is a sample of its own, as
+        regions of the sample always are.
+      layers, heads: of the co-attention, in the model for the sample; None: 2 and 4.
       batch_size: questions a step.
     """
 
-    images: int = easy_vqa.MOST
+    easy_vqa: bool = False
+    images: int | None = None
     place: Place = "late"
     alone: bool = False
+    layers: int | None = None
+    heads: int | None = None
     epochs: int = 10
     features: int = 64
     dropout: float = 0.0
@@ -56,12 +73,20 @@ class Config(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         images, most = self.images, easy_vqa.MOST
-        require(1 <= images <= most, "images", images, f"1 to {most}")
+        require(images is None or 1 <= images <= most, "images", images, f"1 to {most}")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        for name in ("layers", "heads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more")
+            if value and self.easy_vqa:
+                raise InputError(f"--{name} is of the model for the sample; leave out --easy-vqa")
+        if not self.easy_vqa and (images or self.alone):
+            name = "--images" if images else "--alone"
+            raise InputError(f"{name} is for easy-VQA; add --easy-vqa")
         if self.place == "late":
             require(not self.alone, "alone", "with --place late", "--place middle or early")
-        if self.alone and self.warm_start:
-            raise InputError("--warm-start keeps one solve a row; leave it out with --alone")
+        elif self.warm_start and (self.alone or not self.easy_vqa):
+            raise InputError("--warm-start keeps one solve a row; use --place late")
 
 
 def parse_args(args: Sequence[str]) -> Config:
@@ -69,38 +94,97 @@ def parse_args(args: Sequence[str]) -> Config:
 
 
 def modalities(config: Config) -> tuple[str, ...]:
-    return easy_vqa.MODALITIES
-
-
-def scores(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
-    """Shares of right answers, of all questions and by the kind of the right answer."""
-    return accuracies(labels == np.argmax(probabilities, axis=1), easy_vqa.by_kind(labels))
+    return data.MODALITIES
 
 
 def job(config: Config) -> Job:
     """The data and what is to be learned from them."""
     fusion = build_fusion(config, modalities(config))
     if takes_positions(fusion):
-        needed = f"none with --fusion {config.fusion}, which takes all cells and words"
+        needed = f"none with --fusion {config.fusion}, which takes all positions and words"
         require(config.place == "late", "place", config.place, needed)
-    dataset, vocabulary = easy_vqa.load(config.images, config.seed)
-    sizes = len(dataset.classes), vocabulary, config.features, config.dropout
+    made = of_easy_vqa(config, fusion) if config.easy_vqa else of_sample(config, fusion)
     task = Task(
-        VQAModel(fusion, *sizes, config.place, config.alone),
-        cross_entropy,
-        scores,
-        softmax,
+        made.model,
+        made.loss,
+        made.scores,
+        made.probabilities,
         monitor="accuracy",
         jacobian_weight=config.jacobian_weight,
         average=config.average,
         recipe=config.recipe,
     )
-    guess = easy_vqa.question_alone(dataset.train, dataset.test)
-    floors: Mapping[str, Metrics] = {"the question alone": scores(dataset.test.labels, guess)}
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     epochs, size, patience = config.epochs, config.batch_size, config.patience
     schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
-    return Job("vqa", dataset, task, optimiser, schedule, floors=lambda _: (floors, ()))
+    floors = made.floors, ()
+    return Job(
+        "vqa", made.dataset, task, optimiser, schedule, floors=lambda _: floors, notes=made.notes
+    )
+
+
+class Made(NamedTuple):
+    """What differs between the data sets: fields of a `Task` and of a `Job`."""
+
+    dataset: Dataset
+    model: nn.Module
+    loss: Callable[[Prediction, jax.Array], jax.Array]
+    scores: Callable[[np.ndarray, np.ndarray], Metrics]
+    probabilities: Callable[[jax.Array], jax.Array]
+    floors: Mapping[str, Metrics]
+    notes: Sequence[str] = ()
+
+
+# --- VQA v2's files ----------------------------------------------------------------------------
+
+
+def of_sample(config: Config, fusion: nn.Module) -> Made:
+    """The synthetic sample."""
+    width, heads = config.features, config.heads or 4
+    if width % heads and not takes_positions(fusion):
+        raise InputError(f"--features {width}: expected a multiple of --heads {heads}")
+    found = data.load_sample(config.seed)
+    sizes = len(found.answers), found.words, width, config.layers or 2, heads, width
+    model = MCAN(fusion, *sizes, dropout=config.dropout, place=config.place)
+    labels = found.dataset.test.labels
+    kinds = data.by_kind(labels)
+    floors = {name: accuracies(worth, kinds) for name, worth in data.floors(found).items()}
+    best = data.ceiling(found).mean()
+    notes = [*found.notes, f"The best answers there are have an accuracy of {best:.3f} on test."]
+    how = bce_of_accuracies, official_accuracy, sigmoid
+    return Made(found.dataset, model, *how, floors, notes)
+
+
+def bce_of_accuracies(prediction: Prediction, labels: jax.Array) -> jax.Array:
+    """Binary cross-entropy of what every answer is worth, summed over the vocabulary, the mean over
+    rows. Labels as in `experiments.datasets.vqa`."""
+    logits, rows = prediction.logits, jnp.arange(len(labels))[:, None]
+    worth = jnp.asarray(WORTH)[labels[:, PEOPLE:-1]]
+    targets = jnp.zeros_like(logits).at[rows, labels[:, :PEOPLE]].add(worth)
+    return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=1))
+
+
+def official_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
+    """Of the likeliest answers, 0 … 1, of all questions and by answer type."""
+    return accuracies(data.worth(labels, np.argmax(probabilities, axis=1)), data.by_kind(labels))
+
+
+# --- easy-VQA ----------------------------------------------------------------------------------
+
+
+def of_easy_vqa(config: Config, fusion: nn.Module) -> Made:
+    """Real pictures, with one right answer to a question."""
+    dataset, vocabulary = easy_vqa.load(config.images or easy_vqa.MOST, config.seed)
+    sizes = len(dataset.classes), vocabulary, config.features, config.dropout
+    model = VQAModel(fusion, *sizes, config.place, config.alone)
+    guess = easy_vqa.question_alone(dataset.train, dataset.test)
+    floors = {"the question alone": scores(dataset.test.labels, guess)}
+    return Made(dataset, model, cross_entropy, scores, softmax, floors)
+
+
+def scores(labels: np.ndarray, probabilities: np.ndarray) -> Metrics:
+    """Shares of right answers, of all questions and by the kind of the right answer."""
+    return accuracies(labels == np.argmax(probabilities, axis=1), easy_vqa.by_kind(labels))
 
 
 def run(config: Config) -> Results:

@@ -16,7 +16,7 @@ from experiments.datasets.easy_vqa import CLASSES
 from experiments.models.vqa import VQAModel, of_pictures
 from experiments.training.warm import cold_start
 
-SMALL = "--images", 8, "--epochs", 1, "--features", 8
+SMALL = "--easy-vqa", "--images", 8, "--epochs", 1, "--features", 8
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_every_place_trains(main, tmp_path, options):
     assert 0 <= json.loads((tmp_path / "run" / "results.json").read_text())["test"]["accuracy"] <= 1
 
 
-def test_the_command(main, tmp_path):
+def test_easy_vqa(main, tmp_path):
     status, out, err = main(*SMALL, "--fusion", "concat", "--run-dir", tmp_path / "run")
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -183,14 +183,36 @@ def test_the_command(main, tmp_path):
     assert "the question alone" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [("--fusion", "deq"), ("--fusion", "sum", "--place", "middle"), ("--fusion", "tokens")],
+)
+def test_the_sample(main, tmp_path, options):
+    small = "--epochs", 1, "--features", 16, "--layers", 1, "--run-dir", tmp_path / "run"
+    status, out, err = main(*options, *small)
+    assert status == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["dataset"] == "VQA v2 sample (synthetic)" and results["data"] == "sample"
+    assert set(results["test"]) == {"accuracy", "yes/no", "number", "other"}
+    floors = results["floors"]
+    assert floors["the most frequent answer"]["accuracy"] < 0.3
+    assert floors["at most, from the question alone"]["accuracy"] < 0.5
+    assert "have an accuracy of 1.000 on test" in out
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--images", 0], "--images 0: expected 1 to 3800"),
-        (["--images", 4000], "--images 4000: expected 1 to 3800"),
-        (["--alone"], "--alone with --place late: expected --place middle or early"),
+        (["--easy-vqa", "--images", 0], "--images 0: expected 1 to 3800"),
+        (["--easy-vqa", "--images", 4000], "--images 4000: expected 1 to 3800"),
+        (["--images", 400], "--images is for easy-VQA; add --easy-vqa"),
+        (["--place", "middle", "--alone"], "--alone is for easy-VQA; add --easy-vqa"),
+        (["--easy-vqa", "--layers", 2], "--layers is of the model for the sample"),
+        (["--easy-vqa", "--alone"], "--alone with --place late: expected --place middle or early"),
         (["--fusion", "tokens", "--place", "early"], "--place early: expected none with --fusion"),
-        (["--place", "middle", "--alone", "--warm-start"], "--warm-start keeps one solve a row"),
+        (["--place", "middle", "--warm-start"], "--warm-start keeps one solve a row"),
+        (["--heads", 3], "--features 64: expected a multiple of --heads 3"),
         (["--batch-size", 0], "--batch-size 0: expected 1 or more"),
     ],
 )

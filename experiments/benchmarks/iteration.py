@@ -1,7 +1,7 @@
 """An equilibrium beside the same map applied a few times, and beside attention, in one table.
 
     python -m experiments.benchmarks.iteration vqa --seeds 5
-        --images 400 --features 32 --epochs 30 --patience 30
+        --easy-vqa --images 400 --features 32 --epochs 30 --patience 30
     python -m experiments.benchmarks.iteration relations --variants equilibrium "its map once"
         --deepest 1 --epochs 2 --then --deepest 2 --epochs 3 --then --deepest 3 --epochs 5
 

@@ -1,7 +1,7 @@
 """Why an equilibrium learns at another speed than its map applied a few times: what is measured.
 
     python -m experiments.benchmarks.learning vqa --variants equilibrium "its map once"
-        --rates 3e-4 1e-3 3e-3 --seeds 2 --images 400 --features 32 --epochs 20
+        --rates 3e-4 1e-3 3e-3 --easy-vqa --images 400 --features 32 --epochs 20
 
 Every variant is trained with every rate and seed, without early stopping. After every epoch, on the
 same first training rows in so many batches:

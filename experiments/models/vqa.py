@@ -87,16 +87,42 @@ class VQAModel(nn.Module):
         self, cells: jax.Array, asked: jax.Array, train: bool, start: Any
     ) -> tuple[FusionOutput, jax.Array]:
         """The fusion's output, and what it makes of cells [N, H, W, c] and vectors [N, d]."""
+        if self.alone:
+            every = jnp.ones(cells.shape[:-1], bool)
+            return fuse_alone(self.fusion, cells, asked, every, train=train, **start)
         shape = (*cells.shape[:-1], self.features)
         encoded = {"image": cells, "question": jnp.broadcast_to(asked[:, None, None], shape)}
-        if self.alone:
-            encoded = {name: x.reshape(-1, x.shape[-1]) for name, x in encoded.items()}
         out = self.fusion(encoded, train=train, **start)
-        if not self.alone:
-            return out, out.fused
-        fused = out.fused.reshape(shape)
-        gates = jax.tree.map(lambda x: x.reshape(shape), out.gates)
-        return of_pictures(out._replace(gates=gates), len(cells)), fused
+        return out, out.fused
+
+
+def fuse_alone(
+    fusion: nn.Module, image: jax.Array, question: jax.Array, there: jax.Array, **options: Any
+) -> tuple[FusionOutput, jax.Array]:
+    """A fusion of every position of a picture, as a sample of its own, and the question.
+
+    Args:
+      image: [N, …, c] positions.
+      question: [N, d] vectors.
+      there: [N, …] bool, which positions there are.
+
+    Returns:
+      The output, with gates and statistics by picture, and what the fusion makes of the positions,
+      [N, …, d], 0 where none is.
+    """
+    at_each = question.reshape(len(question), *(1,) * (image.ndim - 2), -1)
+    encoded = {
+        "image": image.reshape(-1, image.shape[-1]),
+        "question": jnp.broadcast_to(at_each, (*image.shape[:-1], question.shape[-1])).reshape(
+            -1, question.shape[-1]
+        ),
+    }
+    mask = dict.fromkeys(encoded, there.reshape(-1).astype(jnp.float32))
+    out = fusion(encoded, mask, **options)
+    fused = out.fused.reshape(*image.shape[:-1], -1)
+    gates = jax.tree.map(lambda x: x.reshape(fused.shape), out.gates)
+    out = of_pictures(out._replace(gates=gates), len(image))
+    return out, jnp.where(there[..., None], fused, 0)
 
 
 def of_pictures(out: FusionOutput, pictures: int) -> FusionOutput:

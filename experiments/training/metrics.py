@@ -20,6 +20,8 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
+from experiments.datasets.vqa_answers import vqa_accuracy as vqa_accuracy  # one of them, too
+
 Metrics = Mapping[str, float]
 
 
