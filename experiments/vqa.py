@@ -62,7 +62,7 @@ class Config(CommonConfig):
     alone: bool = False
     layers: int | None = None
     heads: int | None = None
-    epochs: int = 10
+    epochs: int = 15
     features: int = 64
     dropout: float = 0.0
     clip: float = 1.0

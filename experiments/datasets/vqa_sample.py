@@ -1,10 +1,11 @@
 """A synthetic sample in VQA v2's own files: drawn scenes, questions about them, ten answers each.
 
-A picture has 3 to 8 things, each of one of four shapes, six colours and two sizes, somewhere. The
-features of its regions are a fixed random map of these attributes, plus noise. Questions come from
-five templates. For each text, every possible answer is right equally often in a split, so a
-question alone tells nothing about its answer. Of ten people each is wrong with probability ERRS,
-and then gives any other answer to the question; each writes as people do, "Two", "2" or "two.".
+A picture has 3 to 8 things, each of one of four shapes, six colours and two sizes, somewhere. Its
+regions are these and the background, without which attention, a mean, could not count. Their
+features are a fixed random map of these attributes, plus noise. Questions come from five templates.
+For each text, every possible answer is right equally often in a split, so a question alone tells
+nothing about its answer. Of ten people each is wrong with probability ERRS, and then gives any
+other answer to the question; each writes as people do, "Two", "2" or "two.".
 """
 
 import base64
@@ -24,6 +25,7 @@ COLOURS = ("blue", "green", "purple", "red", "white", "yellow")
 SIZES = ("large", "small")
 WIDTH = 32  # of the features
 NOISE = 0.3
+PIXELS = 100, 100  # of a picture
 ERRS = 0.1
 MOST = 3  # things of a kind that are counted
 PICTURES = {"train2014": 2_500, "val2014": 800}
@@ -38,7 +40,7 @@ class Scenes(NamedTuple):
 
     Attributes:
       shape, colour, size: [M, R] numbers in SHAPES, COLOURS and SIZES; -1 where nothing is.
-      boxes: [M, R, 4] x1, y1, x2, y2 in pixels of a picture of 100 × 100.
+      boxes: [M, R, 4] x1, y1, x2, y2 in pixels.
     """
 
     shape: np.ndarray
@@ -140,8 +142,8 @@ def sample(cache_dir: Path | None = None) -> Path:
 
 def _write(folder: Path) -> Path:
     rng = np.random.default_rng(SEED)
-    attributes = len(SHAPES) + len(COLOURS) + len(SIZES)
-    seen_as = rng.standard_normal((attributes, WIDTH)) / np.sqrt(3)  # the map of the attributes
+    attributes = len(SHAPES) + len(COLOURS) + len(SIZES) + 1  # the last: being the background
+    seen_as = rng.standard_normal((attributes, WIDTH)) / np.sqrt(3)
     for number, split in enumerate(PICTURES):
         scenes = draw_scenes(rng, PICTURES[split])
         first = 1 + 100_000 * number  # no number is in both
@@ -194,10 +196,9 @@ def _write_regions(
             there = scenes.shape[picture] >= 0
             shape, colour, size = (x[picture][there] for x in scenes[:3])
             ids = shape, len(SHAPES) + colour, len(SHAPES) + len(COLOURS) + size
-            features = sum(seen_as[i] for i in ids) + NOISE * rng.standard_normal(
-                (*shape.shape, WIDTH)
-            )
-            arrays = scenes.boxes[picture][there], features
-            coded = (base64.b64encode(np.float32(x).tobytes()).decode() for x in arrays)
-            line = first + picture, 100, 100, len(shape), *coded
+            features = np.vstack([sum(seen_as[i] for i in ids), seen_as[-1]])
+            features += NOISE * rng.standard_normal(features.shape)
+            boxes = np.vstack([scenes.boxes[picture][there], [0, 0, *PIXELS]])
+            coded = (base64.b64encode(np.float32(x).tobytes()).decode() for x in (boxes, features))
+            line = first + picture, *PIXELS, len(features), *coded
             file.write("\t".join(map(str, line)) + "\n")
