@@ -118,7 +118,7 @@ def accuracy(labels, logits):
 
 
 FUSION = DEQFusion(32, solver=Picard(tol=1e-5, max_steps=99), dropout=0.2)
-TASK = Task(Net(FUSION), cross_entropy, accuracy, np.asarray, "accuracy", jacobian_weight=0.1)
+TASK = Task(Net(FUSION), cross_entropy, accuracy, jnp.asarray, "accuracy", jacobian_weight=0.1)
 ADAM = optax.adam(1e-2)
 
 

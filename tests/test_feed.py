@@ -102,7 +102,7 @@ class Wrapped(mmimdb.mmimdb.Stream):
     """A stream whose batches pass through something first."""
 
     def __init__(self, stream):
-        super().__init__(stream._source, stream._to_split)
+        super().__init__(len(stream), stream.read)
 
 
 class Counting(Wrapped):

@@ -86,7 +86,7 @@ class Faulty(Stream):
     """A stream of which five batches in a hundred are spoilt."""
 
     def __init__(self, stream, spoil):
-        super().__init__(stream._source, stream._to_split)
+        super().__init__(len(stream), stream.read)
         self.spoil, self.spoilt, self.rng = spoil, 0, np.random.default_rng(1)
 
     def batches(self, *args, **options):

@@ -54,7 +54,7 @@ def accuracy(labels, logits):
 
 def task_of(fusion=None, **options):
     fusion = fusion or DEQFusion(8, solver=SOLVER)
-    return Task(Net(fusion), loss, accuracy, np.asarray, "accuracy", **options)
+    return Task(Net(fusion), loss, accuracy, jnp.asarray, "accuracy", **options)
 
 
 def fitted(task, schedule, checkpoints=None, rate=1e-2, **options):

@@ -117,13 +117,13 @@ class TestBatches:
     def test_never_more_than_ahead_and_one(self, stream, ahead, threads):
         made, most = [], []
 
-        def to_split(columns):
-            split = stream._to_split(columns)
+        def read_rows(rows):
+            split = stream.read(rows)
             made.append(weakref.ref(split.labels))
             most.append(sum(ref() is not None for ref in made))
             return split
 
-        watched = Stream(stream._source, to_split)
+        watched = Stream(ROWS, read_rows)
         batches = watched.batches(np.arange(ROWS).reshape(20, 3), ahead, threads)
         for got in range(1, 21):
             batch = next(batches)

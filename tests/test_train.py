@@ -71,7 +71,7 @@ def line_task(score, power=1, start=0.0, weight=0.0, average=0.0):
         Line(start),
         loss=lambda prediction, labels: -jnp.mean(prediction.logits**power),
         metrics=lambda labels, logits: {"score": float(score(float(np.mean(logits))))},
-        probabilities=np.asarray,
+        probabilities=jnp.asarray,
         monitor="score",
         jacobian_weight=weight,
         average=average,
@@ -109,7 +109,7 @@ class Deq:
             return cross_entropy(prediction, labels)
 
         fusion = DEQFusion(8, solver=Picard(tol=1e-3, max_steps=40), dropout=0.2)
-        self.task = Task(Net(fusion), loss, accuracy, np.asarray, "accuracy")
+        self.task = Task(Net(fusion), loss, accuracy, jnp.asarray, "accuracy")
         self.optimiser = optax.adamw(3e-2)
         self.after = []  # tracings seen at each row of the first fit
         self.whole = self.fit(4, report=lambda row: self.after.append(self.traces))

@@ -11,11 +11,12 @@ import pytest
 from deq_fusion_jax import FusionOutput
 from experiments.common.errors import InputError
 from experiments.datasets import vqa as data
+from experiments.datasets.preprocess import take
 from experiments.datasets.vqa_answers import PEOPLE, vqa_accuracy
 from experiments.datasets.vqa_json import read_questions
 from experiments.datasets.vqa_sample import ask, draw_scenes, sample
 from experiments.training.task import Prediction
-from experiments.vqa import bce_of_accuracies, official_accuracy
+from experiments.vqa import bce_of_accuracies, likeliest, official_accuracy, parse_args, run
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(cache):
-    return data.load_sample(seed=0, cache_dir=cache)
+    return data.load(None, seed=0, cache_dir=cache)
 
 
 def test_questions_are_answered_from_the_scene():
@@ -122,25 +123,83 @@ def test_the_loss_is_the_cross_entropy_of_every_answer(found):
 
 def test_scores_are_of_the_likeliest_answers(found):
     labels = found.dataset.test.labels
-    best = np.eye(len(found.answers))[
-        labels[np.arange(len(labels)), labels[:, PEOPLE:-1].argmax(1)]
-    ]
-    assert official_accuracy(labels, best)["accuracy"] == pytest.approx(data.ceiling(found).mean())
+    best = labels[np.arange(len(labels)), labels[:, PEOPLE:-1].argmax(axis=1)]
+    logits = np.full((len(labels), len(found.answers)), -1.0)
+    logits[np.arange(len(labels)), best] = 2.0
+    predicted = np.asarray(likeliest(jnp.asarray(logits)))
+    assert (predicted[:, 0] == best).all()
+    np.testing.assert_allclose(predicted[:, 1], 1 / (1 + np.exp(-2)), rtol=1e-6)
+    scores = official_accuracy(labels, predicted)
+    assert scores["accuracy"] == pytest.approx(data.ceiling(found).mean())
 
 
-def test_files_that_do_not_fit_together(found, cache, tmp_path):
-    folder = sample(cache)
-    for path in folder.glob("*.json"):
+@pytest.fixture
+def folder(cache, tmp_path):
+    """A copy of the sample, as a user's own."""
+    for path in sample(cache).glob("v2_*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    regions = [folder / "train2014.tsv"], [folder / "val2014.tsv"]
-    with pytest.raises(InputError, match=r"no features of .* pictures, .* first"):
-        data.load(tmp_path, regions[1], regions[1], 0, cache)
+    for path in sample(cache).glob("*.tsv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_rows_on_disk_are_those_in_memory(found, folder, cache, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    streamed = data.load(folder, seed=0, cache_dir=cache)
+    one, other = found.dataset, streamed.dataset
+    assert (one.data, other.data) == ("sample", "real")
+    assert "stay on disk" in streamed.notes[-1]
+    rows = np.random.default_rng(0).permutation(len(one.train.labels))[:50]
+    pairs = [
+        (take(one.train, rows), other.stream.read(rows)),
+        (take(one.validation, rows[:9] % 900), take(other.validation, rows[:9] % 900)),
+        (take(one.test, rows % 2000), take(other.test, rows % 2000)),
+    ]
+    for in_memory, on_disk in pairs:
+        jax.tree.map(np.testing.assert_array_equal, in_memory, on_disk)
+    assert len(other.stream) == len(one.train.labels) and len(other.train.labels) == 2
+
+
+@pytest.mark.slow
+def test_a_run_from_disk_is_the_run_in_memory(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEQ_FUSION_CACHE", str(tmp_path / "cache"))
+    words = "--data-dir", str(folder), "--epochs", "1", "--features", "8", "--layers", "1"
+    words += "--fusion", "sum", "--heads", "2", "--batch-size", "512"
+    results = []
+    for name, limit in (("memory", 10**9), ("disk", 0)):
+        monkeypatch.setattr(data, "IN_MEMORY", limit)
+        results.append(run(parse_args([*words, "--run-dir", str(tmp_path / name)])))
+    memory, disk = results
+    assert memory["dataset"] == disk["dataset"] == "VQA v2" and disk["data"] == "real"
+    for part in ("test", "validation"):
+        assert memory[part] == pytest.approx(disk[part], abs=2e-3)
+
+
+def changed(folder, name, change):
+    path = folder / name
+    rows = json.loads(path.read_text())
+    change(rows)
+    path.write_text(json.dumps(rows))
+
+
+def in_both(folder):
     name = "v2_OpenEnded_mscoco_val2014_questions.json"
-    rows = json.loads((tmp_path / name).read_text())
-    rows["questions"][0]["image_id"] = 1
-    (tmp_path / name).write_text(json.dumps(rows))
-    with pytest.raises(InputError, match="picture 1 is in train2014 and in val2014"):
-        data.load(tmp_path, *regions, 0, cache)
-    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
-    with pytest.raises(InputError, match=r"cannot read .*val2014_annotations.json"):
-        data.load(tmp_path, *regions, 0, cache)
+    changed(folder, name, lambda rows: rows["questions"][0].update(image_id=1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (in_both, "picture 1 is in train2014 and in val2014"),
+        (lambda folder: (folder / "val2014.tsv").unlink(), r"no features of \d+ of \d+ pictures"),
+        (lambda folder: [x.unlink() for x in folder.glob("*.tsv")], "has no features of regions"),
+        (
+            lambda folder: (folder / "v2_mscoco_val2014_annotations.json").unlink(),
+            "cannot read .*val2014_annotations.json",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_together(folder, cache, spoil, complaint):
+    spoil(folder)
+    with pytest.raises(InputError, match=complaint):
+        data.load(folder, 0, cache)

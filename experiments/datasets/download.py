@@ -23,15 +23,24 @@ _BROKEN = (urllib.error.URLError, http.client.HTTPException, TimeoutError, Conne
 
 
 class Remote(NamedTuple):
-    """A file to download; size and git blob SHA-1 are checked where they are known."""
+    """A file to download; size, git blob SHA-1 and SHA-256 are checked where they are known."""
 
     url: str
     size: int | None = None
     git_blob: str | None = None
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
+
+    def differs(self, path: Path) -> bool:
+        """Whether a file is not the published one."""
+        return (
+            (self.size is not None and path.stat().st_size != self.size)
+            or (self.git_blob is not None and git_blob(path) != self.git_blob)
+            or (self.sha256 is not None and sha256(path) != self.sha256)
+        )
 
 
 def fetch(remote: Remote, folder: Path, attempts: int = 5, pause: float = 2.0) -> Path:
@@ -168,8 +177,7 @@ def _receive(response: http.client.HTTPResponse, part: Path, have: int, total: i
 
 
 def _verify_new(part: Path, remote: Remote) -> None:
-    wrong = remote.size is not None and part.stat().st_size != remote.size
-    if wrong or (remote.git_blob is not None and git_blob(part) != remote.git_blob):
+    if remote.differs(part):
         part.unlink()
         _tag_file(part).unlink(missing_ok=True)
         raise InputError(
@@ -183,7 +191,7 @@ def _verify_kept(target: Path, remote: Remote) -> None:
     if recorded.exists():
         same = recorded.read_text().split()[:1] == [sha256(target)]
     else:
-        same = remote.git_blob is None or git_blob(target) == remote.git_blob
+        same = not remote.differs(target)
     if not same:
         raise InputError(
             f"{target} does not match its checksum: it is damaged or was changed; "

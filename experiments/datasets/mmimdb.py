@@ -8,7 +8,6 @@ Source of both: archive.org/details/mmimdb (Arevalo et al., Gated Multimodal Uni
 """
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,13 @@ from experiments.datasets.mmimdb_hdf5 import FILE_NAME, MmimdbFeatures
 from experiments.datasets.mmimdb_raw import MmimdbRaw, RawSource
 from experiments.datasets.mmimdb_sample import sample_file
 from experiments.datasets.precomputed import Features, read_features
-from experiments.datasets.prepared import Examples, cache_root, fingerprint, prepare
+from experiments.datasets.prepared import (
+    Examples,
+    cache_root,
+    fingerprint,
+    prepare,
+    read_columns,
+)
 from experiments.datasets.stream import Stream
 
 Variant = Literal["features", "raw"]
@@ -68,7 +73,12 @@ def load(
         builder = _prepare_raw(RawSource(source, image_size), cache_dir)
 
     def rows_of(split: str) -> Stream:
-        return Stream(Examples(builder, split), partial(_to_split, precomputed=precomputed))
+        examples = Examples(builder, split)
+
+        def read_rows(rows: np.ndarray) -> Split:
+            return _to_split(read_columns(examples, rows.tolist()), precomputed)
+
+        return Stream(len(examples), read_rows)
 
     train, validation, test = map(rows_of, ("train", "validation", "test"))
     return Dataset(

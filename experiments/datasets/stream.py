@@ -1,4 +1,4 @@
-"""Training rows that stay on disk, for data sets larger than memory.
+"""Rows that stay on disk, for data sets larger than memory.
 
 The order is the caller's, so it is reproducible and can start anywhere:
 
@@ -10,32 +10,59 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from experiments.datasets import Split
-from experiments.datasets.prepared import Examples, read_columns
+
+
+class OnDisk:
+    """An input [N, …] of a split whose rows stay on disk; `x[rows]` reads them as a NumPy array.
+
+    Args:
+      shape, dtype: of all rows.
+      read: from row numbers [B] to rows [B, …], from any thread.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        read: Callable[[np.ndarray], np.ndarray],
+    ):
+        self.shape, self.dtype, self._read = shape, dtype, read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self._read(np.arange(len(self))[rows])
+
+
+def stays_on_disk(split: Split) -> bool:
+    return any(isinstance(x, OnDisk) for x in split.inputs.values())
 
 
 class Stream:
     """The rows of a split that stay on disk, N of them, read by number from any thread.
 
     Args:
-      source: the examples.
-      to_split: from the columns {feature: [B, …]} of some rows to their Split.
+      rows: N.
+      read_rows: from row numbers [B] to their Split.
     """
 
-    def __init__(self, source: Examples, to_split: Callable[[dict[str, np.ndarray]], Split]):
-        self._source, self._to_split = source, to_split
+    def __init__(self, rows: int, read_rows: Callable[[np.ndarray], Split]):
+        self._rows, self._read_rows = rows, read_rows
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._rows
 
     def read(self, rows: np.ndarray) -> Split:
         """These rows [B], in this order, as NumPy arrays [B, …]."""
         if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= len(self):
             raise ValueError(f"expected rows from 0 to {len(self) - 1} as an array [B], not {rows}")
-        return self._to_split(read_columns(self._source, rows.tolist()))
+        return self._read_rows(rows)
 
     def batches(
         self, orders: Iterable[np.ndarray], ahead: int = 4, threads: int = 2

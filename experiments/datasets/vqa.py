@@ -9,23 +9,45 @@ and labels [N, 21] int32: the numbers of up to ten answers in the vocabulary, th
 gave each, 0 where there are no more, then the answer type, a number in KINDS.
 """
 
+import math
+import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
+from experiments.datasets.download import Remote, fetch
+from experiments.datasets.preprocess import take
+from experiments.datasets.stream import OnDisk, Stream
 from experiments.datasets.text import build_vocabulary, encode
 from experiments.datasets.vqa_answers import PEOPLE, WORTH, best_possible, vocabulary, votes
 from experiments.datasets.vqa_json import KINDS, Questions, read_questions
-from experiments.datasets.vqa_regions import load_regions
+from experiments.datasets.vqa_regions import Regions, load_regions
 from experiments.datasets.vqa_sample import sample
 
 MODALITIES = ("image", "question")
 WORDS = 14  # of a question; what is longer is cut, one of four hundred
 HELD_OUT = 0.1  # of the training pictures, which select the epoch
+IN_MEMORY = 2 * 10**9  # bytes
+_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
+FILES = {  # and their SHA-256
+    "v2_Questions_Train_mscoco.zip": (
+        "05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e"
+    ),
+    "v2_Questions_Val_mscoco.zip": (
+        "e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a"
+    ),
+    "v2_Annotations_Train_mscoco.zip": (
+        "fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853"
+    ),
+    "v2_Annotations_Val_mscoco.zip": (
+        "0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e"
+    ),
+}
 
 
 class VQA(NamedTuple):
@@ -46,47 +68,75 @@ class VQA(NamedTuple):
     notes: Sequence[str]
 
 
-def load_sample(seed: int, cache_dir: Path | None = None) -> VQA:
-    """The synthetic sample, read from files as VQA v2's are."""
-    folder = sample(cache_dir)
-    return load(folder, [folder / "train2014.tsv"], [folder / "val2014.tsv"], seed, cache_dir)
+def load(folder: Path | None, seed: int, cache_dir: Path | None = None) -> VQA:
+    """VQA v2 from a folder; None: the synthetic sample, in the same files.
 
-
-def load(
-    folder: Path,
-    train_regions: Sequence[Path],
-    test_regions: Sequence[Path],
-    seed: int,
-    cache_dir: Path | None = None,
-) -> VQA:
-    """Questions and annotations of `folder`, and regions of the pictures of both splits.
-
-    The vocabulary is of the answers of the training file. A tenth of its pictures, drawn by the
-    seed, with all their questions, are the validation split.
+    The folder has the questions and annotations of train2014 and val2014 as they are published,
+    plain or gzipped, and features of the regions of all their pictures, in .tsv or .hdf5 files or
+    in folders of .npz. The vocabulary is of the answers of the training file. A tenth of its
+    pictures, drawn by the seed, with all their questions, are the validation split. Where the
+    regions of all questions take more than IN_MEMORY, they stay on disk.
 
     Raises:
       InputError: a file is missing or damaged, or the files do not fit together.
     """
+    data: Literal["sample", "real"] = "real" if folder else "sample"
+    folder = folder.expanduser() if folder else sample(cache_dir)
     trained, tested = (_read(folder, split) for split in ("train2014", "val2014"))
     if both := np.intersect1d(trained.images, tested.images).tolist():
         raise InputError(f"{folder}: picture {both[0]} is in train2014 and in val2014")
     assert trained.answers is not None
     answers = vocabulary(trained.answers.most)
     words = build_vocabulary(trained.texts, size=10**6)
-    every = _split(trained, train_regions, answers, words, cache_dir)
+    regions = load_regions(_region_files(folder), cache_dir)
+    every, test = (_split(questions, regions, answers, words) for questions in (trained, tested))
     held_out = _held_out(trained.images, seed)
-    train, validation = (
-        Split({name: x[rows] for name, x in every.inputs.items()}, every.labels[rows])
-        for rows in (~held_out, held_out)
-    )
-    test = _split(tested, test_regions, answers, words, cache_dir)
-    dataset = Dataset("VQA v2", "sample", (), train, validation, test)
-    return VQA(dataset, answers, len(words) + 2, tested, _notes(answers, train, test))
+    train, validation = (_part(every, np.flatnonzero(x)) for x in (~held_out, held_out))
+    notes, stream = _notes(answers, every, test), None
+    if (size := sum(_bytes(part) for part in (every, test))) > IN_MEMORY:
+        stream = Stream(len(train.labels), partial(take, train))
+        train = take(train, np.arange(2))
+        notes.append(f"Regions of all questions take {size / 1e9:.0f} GB and stay on disk.")
+    else:
+        train, validation, test = (
+            take(part, np.arange(len(part.labels))) for part in (train, validation, test)
+        )
+    dataset = Dataset("VQA v2", data, (), train, validation, test, stream)
+    return VQA(dataset, answers, len(words) + 2, tested, notes)
+
+
+def download(folder: Path) -> None:
+    """Puts VQA v2's questions and annotations into a folder; there are no features to be had.
+
+    Raises:
+      InputError: a file cannot be had, or is not the published one.
+    """
+    for name, checksum in FILES.items():
+        archive = fetch(Remote(f"{_URL}/{name}", sha256=checksum), folder / "downloads")
+        try:
+            with zipfile.ZipFile(archive) as zipped:
+                zipped.extractall(folder)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{archive} cannot be unpacked ({error})") from error
 
 
 def _read(folder: Path, split: str) -> Questions:
-    questions = folder / f"v2_OpenEnded_mscoco_{split}_questions.json"
-    return read_questions(questions, folder / f"v2_mscoco_{split}_annotations.json")
+    names = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
+    zipped = (folder / f"{name}.gz" for name in names)
+    return read_questions(*(z if z.exists() else z.with_suffix("") for z in zipped))
+
+
+def _region_files(folder: Path) -> list[Path]:
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in there if path.suffix in (".tsv", ".hdf5", ".h5")]
+    files += [path for path in there if path.is_dir() and any(path.glob("*.npz"))]
+    if not files:
+        raise InputError(
+            f"{folder} has no features of regions; expected .tsv or .hdf5 files, or folders of "
+            ".npz, that together have all pictures. They are not downloaded: the links of "
+            "bottom-up attention are dead; LXMERT's authors, among others, publish some"
+        )
+    return files
 
 
 def _held_out(images: np.ndarray, seed: int) -> np.ndarray:
@@ -96,17 +146,35 @@ def _held_out(images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _split(
-    questions: Questions,
-    files: Sequence[Path],
-    answers: Sequence[str],
-    words: dict[str, int],
-    cache_dir: Path | None,
+    questions: Questions, regions: Regions, answers: Sequence[str], words: dict[str, int]
 ) -> Split:
-    regions = load_regions(files, cache_dir)
-    image, counts = regions.gather(regions.rows_of(questions.images))
-    image[np.arange(regions.most) >= counts[:, None]] = np.nan
+    """Whose regions are on disk."""
+    image: Any = _image(regions, regions.rows_of(questions.images))
     text = encode(questions.texts, words, WORDS)
     return Split({"image": image, "question": text}, labels_of(questions, answers))
+
+
+def _image(regions: Regions, places: np.ndarray) -> OnDisk:
+    """Of pictures at these places [N] of the table."""
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        image, counts = regions.gather(places[rows])
+        image[np.arange(regions.most) >= counts[:, None]] = np.nan
+        return image
+
+    width = regions.features.shape[1]
+    return OnDisk((len(places), regions.most, width), regions.features.dtype, read)
+
+
+def _part(split: Split, rows: np.ndarray) -> Split:
+    """Some rows [n] of a split, where regions stay on disk."""
+    whole: Any = split.inputs["image"]
+    image: Any = OnDisk((len(rows), *whole.shape[1:]), whole.dtype, lambda some: whole[rows[some]])
+    return Split({"image": image, "question": split.inputs["question"][rows]}, split.labels[rows])
+
+
+def _bytes(split: Split) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in split.inputs.values())
 
 
 def labels_of(questions: Questions, answers: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,8 @@ import optax
 
 from deq_fusion_jax import FusionOutput, SolveStats
 from experiments.datasets import Split
+from experiments.datasets.preprocess import take
+from experiments.datasets.stream import Stream, stays_on_disk
 from experiments.training.devices import device_count, replicate, shard
 from experiments.training.recipe import Recipe
 
@@ -114,7 +116,12 @@ def evaluate(task: Task, variables: Variables, split: Split, batch_size: int = 2
     rows, batch_size = len(split.labels), _divisible(batch_size)
     padded = -(-rows // batch_size) * batch_size
     index = np.minimum(np.arange(padded), rows - 1).reshape(-1, batch_size)
-    found = _predict(task, variables, split, index)
+    if stays_on_disk(split):
+        batches = Stream(rows, partial(take, split)).batches(index)
+        each = [jax.device_get(_predict_one(task, variables, batch)) for batch in batches]
+        found = jax.tree.map(lambda *x: np.stack(x), *each)
+    else:
+        found = _predict(task, variables, split, index)
     return _evaluation(task, np.asarray(split.labels), found, np.arange(rows))
 
 
@@ -141,21 +148,30 @@ def _divisible(rows: int) -> int:
 
 def _evaluation(task: Task, labels: np.ndarray, found: PyTree, rows: np.ndarray) -> Evaluation:
     """Of what `_predict` found, in batches, these rows, whose labels are given."""
-    logits, stats, gates, losses = jax.tree.map(
+    predicted, finite, stats, gates, losses = jax.tree.map(
         lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[rows], found
     )
-    finite = bool(np.isfinite(logits).all())
-    probabilities = np.asarray(task.probabilities(logits if finite else np.zeros_like(logits)))
-    metrics = dict(task.metrics(labels, probabilities))
-    if not finite:  # a model that has diverged has no score
+    metrics = dict(task.metrics(labels, predicted))
+    if not finite.all():  # a model that has diverged has no score
         metrics = dict.fromkeys(metrics, float("nan"))
-    return Evaluation(probabilities, metrics, float(np.mean(losses)), stats, gates)
+    return Evaluation(predicted, metrics, float(np.mean(losses)), stats, gates)
 
 
 @partial(jax.jit, static_argnames=("task",))
 def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -> PyTree:
-    """Logits, stats, gates and losses [batches, B, …] of row numbers [batches, B]."""
-    return replicate(jax.lax.map(partial(_predict_batch, task, variables, split), index))
+    """Of row numbers [batches, B]: what is predicted, [batches, B, …], which logits were finite,
+    stats, gates and losses."""
+
+    def of_rows(rows: jax.Array) -> PyTree:
+        return _predict_batch(task, variables, _rows(split, rows))
+
+    return replicate(jax.lax.map(of_rows, index))
+
+
+@partial(jax.jit, static_argnames=("task",))
+def _predict_one(task: Task, variables: Variables, batch: Split) -> PyTree:
+    """`_predict` of one batch, without the axis of batches."""
+    return replicate(_predict_batch(task, variables, batch))
 
 
 @partial(jax.jit, static_argnames=("task",))
@@ -163,20 +179,27 @@ def _predict_folds(task: Task, variables: Variables, split: Split, index: jax.Ar
     """`_predict` of a batch for each fold, row numbers [folds, B], by its own variables."""
 
     def of_fold(fold: tuple[Variables, jax.Array]) -> PyTree:
-        return _predict_batch(task, fold[0], split, fold[1])
+        return _predict_batch(task, fold[0], _rows(split, fold[1]))
 
     return replicate(jax.lax.map(of_fold, (variables, index)))
 
 
-def _predict_batch(task: Task, variables: Variables, split: Split, rows: jax.Array) -> PyTree:
-    inputs, labels = shard(jax.tree.map(lambda x: x[rows], tuple(split)))
+def _rows(split: Split, rows: jax.Array) -> Split:
+    return jax.tree.map(lambda x: x[rows], split)
+
+
+def _predict_batch(task: Task, variables: Variables, batch: Split) -> PyTree:
+    inputs, labels = shard(tuple(batch))
     prediction: Any = task.model.apply(variables._asdict(), inputs, train=False)
     fusion = prediction.fusion
     gates = jax.tree.map(
         lambda gate: jnp.mean(jnp.abs(gate), axis=range(1, gate.ndim)), fusion.gates
     )
     one_row = jax.tree.map(lambda x: x[:, None], (prediction._replace(fusion=None), labels))
-    return prediction.logits, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
+    logits = prediction.logits
+    finite = jnp.isfinite(logits).all(axis=range(1, logits.ndim))
+    predicted = task.probabilities(jnp.nan_to_num(logits, posinf=0, neginf=0))
+    return predicted, finite, fusion.stats, gates, jax.vmap(task.loss)(*one_row)
 
 
 def solver_means(stats: SolveStats | None) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from experiments.common.memory import release_memory
 from experiments.common.stopping import StoppedError
 from experiments.datasets import Dataset, Split
 from experiments.datasets.preprocess import join
-from experiments.datasets.stream import Stream
+from experiments.datasets.stream import Stream, stays_on_disk
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.devices import any_process, put, share_of
 from experiments.training.feed import Feed, feed
@@ -86,9 +86,14 @@ def fit(
     rows = feed(train)
     batch_size = share_of(schedule.batch_size, rows.rows)
     state = init_state(task, optimiser, rows.examples, seed, start)
-    splits = put(validation), put(test)
+    splits = _put(validation), test and _put(test)
     training = Training(task, schedule, *splits, keep, checkpoints, state, copied(state.learned))
     return train_to_the_end(training, optimiser, rows, batch_size, report, stop, progress)
+
+
+def _put(split: Split) -> Split:
+    """On the device, unless its rows stay on disk."""
+    return split if stays_on_disk(split) else put(split)
 
 
 def train_to_the_end(
