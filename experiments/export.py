@@ -116,6 +116,11 @@ def preparation(recipe: Recipe | None) -> dict[str, Any] | None:
 def export(run_dir: Path, out: Path) -> None:
     """Writes the file."""
     job, config = run_again(run_dir)
+    if not job.dataset.classes and np.ndim(job.dataset.test.labels) > 1:
+        raise InputError(
+            f"a run of {job.experiment} cannot be exported: its answers are no classes with names, "
+            "which predictions could be told by"
+        )
     variables = restored(job, config, run_dir)
     examples = job.dataset.test.inputs
     (rows,) = jax_export.symbolic_shape("rows")

@@ -10,7 +10,7 @@ import pytest
 
 from deq_fusion_jax import Anderson, DEQFusion, FusionOutput, SolveStats, TokenFusion
 from deq_fusion_jax.baselines import WeightTied
-from experiments import vqa
+from experiments import export, vqa
 from experiments.datasets import Split, easy_vqa
 from experiments.datasets.easy_vqa import CLASSES
 from experiments.models.vqa import VQAModel, of_pictures
@@ -188,7 +188,7 @@ def test_easy_vqa(main, tmp_path):
     "options",
     [("--fusion", "deq"), ("--fusion", "sum", "--place", "middle"), ("--fusion", "tokens")],
 )
-def test_the_sample(main, tmp_path, options):
+def test_the_sample(main, run_command, tmp_path, options):
     small = "--epochs", 1, "--features", 16, "--layers", 1, "--run-dir", tmp_path / "run"
     status, out, err = main(*options, *small)
     assert status == 0, err
@@ -199,6 +199,8 @@ def test_the_sample(main, tmp_path, options):
     assert floors["the most frequent answer"]["accuracy"] < 0.3
     assert floors["at most, from the question alone"]["accuracy"] < 0.5
     assert "have an accuracy of 1.000 on test" in out
+    status, _, err = run_command(export.main, tmp_path / "run")
+    assert status == 2 and "a run of vqa cannot be exported" in err
 
 
 @pytest.mark.parametrize(
