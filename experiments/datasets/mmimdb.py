@@ -72,15 +72,9 @@ def load(
     else:
         builder = _prepare_raw(RawSource(source, image_size), cache_dir)
 
-    def rows_of(split: str) -> Stream:
-        examples = Examples(builder, split)
-
-        def read_rows(rows: np.ndarray) -> Split:
-            return _to_split(read_columns(examples, rows.tolist()), precomputed)
-
-        return Stream(len(examples), read_rows)
-
-    train, validation, test = map(rows_of, ("train", "validation", "test"))
+    train, validation, test = (
+        _stream(Examples(builder, split), precomputed) for split in ("train", "validation", "test")
+    )
     return Dataset(
         name="MM-IMDB",
         data="sample" if data_dir is None else "real",
@@ -128,6 +122,13 @@ def _prepare_features(file: Path, cache_dir: Path | None) -> tfds.core.DatasetBu
 def _prepare_raw(source: RawSource, cache_dir: Path | None) -> tfds.core.DatasetBuilder:
     key = fingerprint(_raw_files(source.folder), str(MmimdbRaw.VERSION), source.image_size)
     return prepare(lambda where: MmimdbRaw(source, data_dir=where), MmimdbRaw.name, key, cache_dir)
+
+
+def _stream(examples: Examples, precomputed: Features | None) -> Stream:
+    def read_rows(rows: np.ndarray) -> Split:
+        return _to_split(read_columns(examples, rows.tolist()), precomputed)
+
+    return Stream(len(examples), read_rows)
 
 
 def _to_split(columns: dict[str, np.ndarray], precomputed: Features | None) -> Split:
