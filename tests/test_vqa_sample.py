@@ -80,7 +80,7 @@ def test_pictures_of_the_three_parts_are_different(found):
 
 def test_labels_are_worth_the_official_accuracy(found):
     labels = found.dataset.test.labels
-    ten = found.questions.answers.ten
+    ten = found.tested.answers.ten
     for number, answer in enumerate(found.answers):
         expected = [vqa_accuracy(answer, answers) for answers in ten]
         np.testing.assert_array_equal(data.worth(labels, np.full(len(labels), number)), expected)
@@ -89,7 +89,7 @@ def test_labels_are_worth_the_official_accuracy(found):
 def test_floors_and_ceiling(found):
     floors, labels = data.floors(found), found.dataset.test.labels
     best = data.ceiling(found)
-    texts = np.array(found.questions.texts)
+    texts = np.array(found.tested.texts)
     for text in np.unique(texts)[:5]:
         rows = texts == text
         each = [

@@ -11,7 +11,7 @@ gave each, 0 where there are no more, then the answer type, a number in KINDS.
 
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,14 +57,17 @@ class VQA(NamedTuple):
       dataset: its test split is VQA v2's validation split, the last with public answers.
       answers: the vocabulary.
       words: how many ids of words there are.
-      questions: of the test rows.
+      trained, tested: questions of the training file and of the test rows.
+      labels: of `trained`, validation rows included.
       notes: on what was read.
     """
 
     dataset: Dataset
     answers: tuple[str, ...]
     words: int
-    questions: Questions
+    trained: Questions
+    tested: Questions
+    labels: np.ndarray
     notes: Sequence[str]
 
 
@@ -102,7 +105,7 @@ def load(folder: Path | None, seed: int, cache_dir: Path | None = None) -> VQA:
             take(part, np.arange(len(part.labels))) for part in (train, validation, test)
         )
     dataset = Dataset("VQA v2", data, (), train, validation, test, stream)
-    return VQA(dataset, answers, len(words) + 2, tested, notes)
+    return VQA(dataset, answers, len(words) + 2, trained, tested, every.labels, notes)
 
 
 def download(folder: Path) -> None:
@@ -214,28 +217,40 @@ def by_kind(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {kind: of_kind for kind, of_kind in rows.items() if of_kind.any()}
 
 
-def floors(data: VQA) -> Mapping[str, np.ndarray]:
+def floors(data: VQA) -> dict[str, np.ndarray]:
     """{what is known: [N] official accuracy on test rows} with less than everything.
 
-    From the question, or the picture, alone: the answers are chosen knowing what test rows with the
-    same question, or picture, are worth, so no model that sees as little does better.
+    The most frequent answers are those of the training file. Of the sample there is more, what can
+    be had from the question, or the picture, alone: answers are chosen knowing what they are worth
+    on all test rows with that question, or picture, so no model that sees as little does better.
     """
-    train, labels = data.dataset.train.labels, data.dataset.test.labels
-    usual = np.full(len(labels), _best_of(train, np.zeros(len(train), int))[0])
-    texts = np.unique(np.array(data.questions.texts), return_inverse=True)[1]
-    pictures = np.unique(data.questions.images, return_inverse=True)[1]
-    return {
-        "the most frequent answer": worth(labels, usual),
-        "at most, from the question alone": worth(labels, _best_of(labels, texts)),
-        "at most, from the picture alone": worth(labels, _best_of(labels, pictures)),
+    labels = data.dataset.test.labels
+    assert data.trained.answers is not None and data.tested.answers is not None
+    usual = _best_of(data.labels, np.zeros(len(data.labels), int))[0]
+    types = data.trained.answers.types
+    of_type = dict(zip(types, _by(data.labels, types), strict=True))
+    by_type = np.array([of_type.get(kind, usual) for kind in data.tested.answers.types])
+    found = {
+        "the most frequent answer": worth(labels, np.full(len(labels), usual)),
+        "… to that type of question": worth(labels, by_type),
     }
+    if data.dataset.data == "sample":
+        at_most = _by(labels, data.tested.texts), _by(labels, data.tested.images.tolist())
+        found["at most, from the question alone"] = worth(labels, at_most[0])
+        found["at most, from the picture alone"] = worth(labels, at_most[1])
+    return found
 
 
 def ceiling(data: VQA) -> np.ndarray:
     """[N] official accuracy of the best answer of the vocabulary to every test question."""
-    assert data.questions.answers is not None
+    assert data.tested.answers is not None
     numbers = {answer: number for number, answer in enumerate(data.answers)}
-    return best_possible(data.questions.answers.ten, numbers)
+    return best_possible(data.tested.answers.ten, numbers)
+
+
+def _by(labels: np.ndarray, names: Sequence[object]) -> np.ndarray:
+    """`_best_of` rows with the same name."""
+    return _best_of(labels, np.unique(np.array(names), return_inverse=True)[1])
 
 
 def _best_of(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
