@@ -17,14 +17,15 @@ all questions and by the kind of answer, beside what can be had without the pict
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
@@ -58,7 +59,10 @@ class Config(PublishedConfig):
         regions of the sample always are.
       layers, heads: of the co-attention, in the model for the sample; None: 2 and 4.
       batch_size: questions a step.
+      data_sha256: of questions and annotations; not an option. A run on others is not resumed.
     """
+
+    UNSAID: ClassVar = (*PublishedConfig.UNSAID, "data_sha256")
 
     easy_vqa: bool = False
     images: int | None = None
@@ -73,6 +77,7 @@ class Config(PublishedConfig):
     batch_size: int = 64
     jacobian_weight: float = 1.0
     max_steps: int = 50
+    data_sha256: tyro.conf.Suppress[tyro.conf.Fixed[str]] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +103,13 @@ class Config(PublishedConfig):
 
 
 def parse_args(args: Sequence[str]) -> Config:
-    return parse(Config(), args, "python -m experiments.vqa")
+    """The options; files that are to be downloaded are there from then on."""
+    config = parse(Config(), args, "python -m experiments.vqa")
+    if config.data_dir is None:
+        return config
+    if config.download:
+        data.download(config.data_dir.expanduser())
+    return replace(config, data_sha256=data.checksum(config.data_dir.expanduser()))
 
 
 def modalities(config: Config) -> tuple[str, ...]:
@@ -151,9 +162,6 @@ def of_vqa_v2(config: Config, fusion: nn.Module) -> Made:
     width, heads = config.features, config.heads or 4
     if width % heads and not takes_positions(fusion):
         raise InputError(f"--features {width}: expected a multiple of --heads {heads}")
-    if config.download:
-        assert config.data_dir is not None
-        data.download(config.data_dir.expanduser())
     found = data.load(config.data_dir, config.seed, config.cache_dir)
     if found.dataset.stream:
         memory = {"--warm-start": config.warm_start, "--refit": config.refit}

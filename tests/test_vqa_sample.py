@@ -1,7 +1,11 @@
 """The sample of `experiments.vqa`, and its reader, `experiments.datasets.vqa`."""
 
+import http.server
 import json
+import threading
+import zipfile
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ import pytest
 from deq_fusion_jax import FusionOutput
 from experiments.common.errors import InputError
 from experiments.datasets import vqa as data
+from experiments.datasets.download import sha256
 from experiments.datasets.preprocess import take
 from experiments.datasets.vqa_answers import PEOPLE, vqa_accuracy
 from experiments.datasets.vqa_json import read_questions
@@ -203,3 +208,36 @@ def test_files_that_do_not_fit_together(folder, cache, spoil, complaint):
     spoil(folder)
     with pytest.raises(InputError, match=complaint):
         data.load(folder, 0, cache)
+
+
+def test_other_answers_are_other_data(folder):
+    before = data.checksum(folder)
+    assert data.checksum(folder) == before
+    changed(folder, "v2_mscoco_val2014_annotations.json", lambda rows: rows.update(info={}))
+    assert data.checksum(folder) != before
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves a folder with one archive of a questions file: (address, SHA-256)."""
+    home = tmp_path / "served"
+    home.mkdir()
+    with zipfile.ZipFile(home / "questions.zip", "w") as file:
+        file.writestr("v2_OpenEnded_mscoco_train2014_questions.json", "{}")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=home)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}", sha256(home / "questions.zip")
+        serving.shutdown()
+
+
+def test_download(server, tmp_path, monkeypatch):
+    address, checksum = server
+    monkeypatch.setattr(data, "_URL", address)
+    monkeypatch.setattr(data, "FILES", {"questions.zip": checksum})
+    data.download(tmp_path / "data")
+    path = tmp_path / "data" / "v2_OpenEnded_mscoco_train2014_questions.json"
+    assert path.read_text() == "{}"
+    monkeypatch.setattr(data, "FILES", {"questions.zip": "0" * 64})
+    with pytest.raises(InputError, match="what arrived is not the published file"):
+        data.download(tmp_path / "other")

@@ -9,6 +9,7 @@ and labels [N, 21] int32: the numbers of up to ten answers in the vocabulary, th
 gave each, 0 where there are no more, then the answer type, a number in KINDS.
 """
 
+import hashlib
 import math
 import zipfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import numpy as np
 
 from experiments.common.errors import InputError
 from experiments.datasets import Dataset, Split
-from experiments.datasets.download import Remote, fetch
+from experiments.datasets.download import Remote, fetch, sha256
 from experiments.datasets.preprocess import take
 from experiments.datasets.stream import OnDisk, Stream
 from experiments.datasets.text import build_vocabulary, encode
@@ -30,6 +31,7 @@ from experiments.datasets.vqa_regions import Regions, load_regions
 from experiments.datasets.vqa_sample import sample
 
 MODALITIES = ("image", "question")
+SPLITS = ("train2014", "val2014")
 WORDS = 14  # of a question; what is longer is cut, one of four hundred
 HELD_OUT = 0.1  # of the training pictures, which select the epoch
 IN_MEMORY = 2 * 10**9  # bytes
@@ -85,7 +87,7 @@ def load(folder: Path | None, seed: int, cache_dir: Path | None = None) -> VQA:
     """
     data: Literal["sample", "real"] = "real" if folder else "sample"
     folder = folder.expanduser() if folder else sample(cache_dir)
-    trained, tested = (_read(folder, split) for split in ("train2014", "val2014"))
+    trained, tested = (read_questions(*_files(folder, split)) for split in SPLITS)
     if both := np.intersect1d(trained.images, tested.images).tolist():
         raise InputError(f"{folder}: picture {both[0]} is in train2014 and in val2014")
     assert trained.answers is not None
@@ -123,10 +125,27 @@ def download(folder: Path) -> None:
             raise InputError(f"{archive} cannot be unpacked ({error})") from error
 
 
-def _read(folder: Path, split: str) -> Questions:
+def _files(folder: Path, split: str) -> list[Path]:
+    """Questions and annotations, gzipped where such files are there."""
     names = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
     zipped = (folder / f"{name}.gz" for name in names)
-    return read_questions(*(z if z.exists() else z.with_suffix("") for z in zipped))
+    return [path if path.exists() else path.with_suffix("") for path in zipped]
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 of all questions and annotations in a folder.
+
+    Raises:
+      InputError: one of the files is missing.
+    """
+    try:
+        sums = [sha256(path) for split in SPLITS for path in _files(folder, split)]
+    except OSError as error:
+        raise InputError(
+            f"cannot read {error.filename}: {error.strerror}; --download gets VQA v2's questions "
+            "and annotations"
+        ) from error
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _region_files(folder: Path) -> list[Path]:
