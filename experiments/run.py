@@ -75,6 +75,7 @@ class Job(NamedTuple):
       notes: sentences for the terminal and the report.
       recipe: how inputs as the data have them become those of `dataset`; None: they are those.
       start: makes the weights to begin with; None: random ones.
+      examples: what was predicted for some test rows, as a table for the report.
     """
 
     experiment: str
@@ -87,6 +88,7 @@ class Job(NamedTuple):
     notes: Sequence[str] = ()
     recipe: Recipe | None = None
     start: Callable[[], Variables] | None = None
+    examples: Callable[[Evaluation], Sequence[Sequence[str]]] = lambda on_test: ()
 
 
 def execute(experiment: str, job_of: Callable[[Config], Job], config: Config) -> Results:
@@ -207,6 +209,7 @@ def write_run(
         figures=drawn,
         notes=notes,
         confused=confused,
+        examples=job.examples(outcome.on_test),
     )
     write_text(run_dir / "report.md", text)
     write_text(run_dir / "report.html", page(text, run_dir))

@@ -16,8 +16,10 @@ all questions and by the kind of answer, beside what can be had without the pict
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -29,9 +31,10 @@ import tyro
 
 from experiments.common.cli import parse
 from experiments.common.errors import InputError, exit_cleanly
+from experiments.common.text import number
 from experiments.datasets import Dataset, easy_vqa
 from experiments.datasets import vqa as data
-from experiments.datasets.vqa_answers import PEOPLE, WORTH
+from experiments.datasets.vqa_answers import PEOPLE, WORTH, normalised
 from experiments.models.mcan import MCAN
 from experiments.models.tokens import takes_positions
 from experiments.models.vqa import Place, VQAModel
@@ -41,7 +44,7 @@ from experiments.training.metrics import Metrics, accuracies
 from experiments.training.recipe import adamw
 from experiments.training.results import Results
 from experiments.training.schedule import Schedule
-from experiments.training.task import Prediction, Task, cross_entropy, softmax
+from experiments.training.task import Evaluation, Prediction, Task, cross_entropy, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,14 @@ def job(config: Config) -> Job:
     schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
     floors = made.floors, ()
     return Job(
-        "vqa", made.dataset, task, optimiser, schedule, floors=lambda _: floors, notes=made.notes
+        "vqa",
+        made.dataset,
+        task,
+        optimiser,
+        schedule,
+        floors=lambda _: floors,
+        notes=made.notes,
+        examples=made.examples,
     )
 
 
@@ -152,6 +162,7 @@ class Made(NamedTuple):
     probabilities: Callable[[jax.Array], jax.Array]
     floors: Mapping[str, Metrics]
     notes: Sequence[str] = ()
+    examples: Callable[[Evaluation], Sequence[Sequence[str]]] = lambda on_test: ()
 
 
 # --- VQA v2's files ----------------------------------------------------------------------------
@@ -177,7 +188,7 @@ def of_vqa_v2(config: Config, fusion: nn.Module) -> Made:
     best = data.ceiling(found).mean()
     notes = [*found.notes, f"The best answers there are have an accuracy of {best:.3f} on test."]
     how = bce_of_accuracies, official_accuracy, likeliest
-    return Made(found.dataset, model, *how, floors, notes)
+    return Made(found.dataset, model, *how, floors, notes, partial(examples, found))
 
 
 def bce_of_accuracies(prediction: Prediction, labels: jax.Array) -> jax.Array:
@@ -199,6 +210,28 @@ def likeliest(logits: jax.Array) -> jax.Array:
 def official_accuracy(labels: np.ndarray, predicted: np.ndarray) -> Metrics:
     """Of predicted answers [N, 2], 0 … 1, of all questions and by answer type."""
     return accuracies(data.worth(labels, predicted[:, 0].astype(int)), data.by_kind(labels))
+
+
+def examples(found: data.VQA, on_test: Evaluation) -> list[list[str]]:
+    """Ten test questions: what people said, and the model."""
+    lines = [["question", "people", "model", "its probability", "accuracy", "solver steps"]]
+    tested, labels = found.tested, found.dataset.test.labels
+    assert tested.answers is not None
+    worth = data.worth(labels, on_test.probabilities[:, 0].astype(int))
+    for row in np.linspace(0, len(labels) - 1, 10).astype(int):
+        said = Counter(map(normalised, tested.answers.ten[row])).most_common()
+        answer, probability = on_test.probabilities[row]
+        lines.append(
+            [
+                tested.texts[row],
+                ", ".join(f"{name} {count}" for name, count in said),
+                found.answers[int(answer)],
+                number(probability),
+                number(worth[row], 1),
+                str(on_test.stats.steps[row]) if on_test.stats else "–",
+            ]
+        )
+    return lines
 
 
 # --- easy-VQA ----------------------------------------------------------------------------------

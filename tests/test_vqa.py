@@ -199,6 +199,8 @@ def test_the_sample(main, run_command, tmp_path, options):
     assert floors["the most frequent answer"]["accuracy"] < 0.3
     assert floors["at most, from the question alone"]["accuracy"] < 0.5
     assert "have an accuracy of 1.000 on test" in out
+    table = (tmp_path / "run" / "report.md").read_text().split("## Examples")[1]
+    assert table.split("##")[0].count("?") == 10  # questions
     status, _, err = run_command(export.main, tmp_path / "run")
     assert status == 2 and "a run of vqa cannot be exported" in err
 

@@ -43,11 +43,12 @@ def report_markdown(
     figures: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     confused: Sequence[str] = (),
+    examples: Sequence[Sequence[str]] = (),
 ) -> str:
     """`report.md`: warnings, results, classes, solver, figures ({"figures/x.png": caption}), notes.
 
     `notes` that begin with "Warning: " stand with the warnings; `confused` says which classes are
-    taken for which.
+    taken for which; `examples` are a table of test rows, its header first.
     """
     warnings, others = split_notes(results, history, notes)
     lines = [f"# {title(results)}", "", SELECTION[results["selection"]]]
@@ -66,6 +67,8 @@ def report_markdown(
         lines += ["", "## Classes", "", markdown_table([["class", "F1", "support"], *ranked])]
     if confused:
         lines += ["", f"Most often confused: {'; '.join(confused)}."]
+    if examples:
+        lines += ["", "## Examples", "", markdown_table(examples, left=3)]
     if figures:
         lines += ["", "## Figures"]
         lines += [line for path, text in figures.items() for line in ("", f"![{text}]({path})")]
