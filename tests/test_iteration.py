@@ -70,7 +70,7 @@ def test_a_variant_that_the_experiment_lacks_is_refused_before_any_run(run_comma
 
 
 def test_stages_need_weights_to_start_from(run_command, tmp_path):
-    args = "vqa", "--run-dir", tmp_path, "--images", 5, "--then", "--images", 9
+    args = "vqa", "--run-dir", tmp_path, "--epochs", 5, "--then", "--epochs", 9
     status, _, err = run_command(iteration.main, *args)
     assert status == 2 and "--then needs --start, which vqa does not have" in err
 

@@ -29,7 +29,7 @@ from experiments.training.metrics import multiclass_metrics
 from experiments.training.results import Results
 from experiments.training.run_directory import begin_run, command_line, opened_run
 from experiments.training.schedule import Schedule
-from experiments.training.task import Prediction, Task, evaluate
+from experiments.training.task import Prediction, Task, evaluate, softmax
 from experiments.training.train import fit, refit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,11 +47,6 @@ class Model(nn.Module):
 
 def loss(prediction, labels):
     return optax.softmax_cross_entropy_with_integer_labels(prediction.logits, labels).mean()
-
-
-def probabilities(logits):
-    e = np.exp(logits.astype(np.float64))
-    return e / e.sum(axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +77,7 @@ class Run:
             fusion=fusion, features=8, epochs=2, seed=5, run_dir=run_dir, max_steps=30
         )
         model = Model(build_fusion(self.config, ("a", "b")))
-        task = Task(model, loss, multiclass_metrics, probabilities, monitor="macro_f1")
+        task = Task(model, loss, multiclass_metrics, softmax, monitor="macro_f1")
         self.job = Job("toy", DATASET, task, optax.adam(1e-2), Schedule(2, 12))
         self.job = self.job._replace(floors=lambda seconds: (FLOORS, ()))
 
