@@ -251,7 +251,7 @@ def floors(data: VQA) -> dict[str, np.ndarray]:
     by_type = np.array([of_type.get(kind, usual) for kind in data.tested.answers.types])
     found = {
         "the most frequent answer": worth(labels, np.full(len(labels), usual)),
-        "… to that type of question": worth(labels, by_type),
+        "the most frequent, by type of question": worth(labels, by_type),
     }
     if data.dataset.data == "sample":
         at_most = _by(labels, data.tested.texts), _by(labels, data.tested.images.tolist())
