@@ -92,8 +92,10 @@ class Config(PublishedConfig):
             require(value is None or value >= 1, name, value, "1 or more")
             if value and self.easy_vqa:
                 raise InputError(f"--{name} is of the model for the sample; leave out --easy-vqa")
-        if self.easy_vqa and (self.data_dir or self.download):
-            raise InputError("--data-dir is for VQA v2; leave out --easy-vqa")
+        for name in ("data_dir", "cache_dir", "download"):
+            if self.easy_vqa and getattr(self, name):
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is for VQA v2; leave out --easy-vqa")
         if self.download and not self.data_dir:
             raise InputError("--download needs --data-dir, a folder for VQA v2's files")
         if not self.easy_vqa and (images or self.alone):
@@ -125,6 +127,8 @@ def job(config: Config) -> Job:
     if takes_positions(fusion):
         needed = f"none with --fusion {config.fusion}, which takes all positions and words"
         require(config.place == "late", "place", config.place, needed)
+        for name in ("layers", "heads"):
+            require(getattr(config, name) is None, name, getattr(config, name), needed)
     made = of_easy_vqa(config, fusion) if config.easy_vqa else of_vqa_v2(config, fusion)
     task = Task(
         made.model,
@@ -139,14 +143,13 @@ def job(config: Config) -> Job:
     optimiser = adamw(config.learning_rate, config.weight_decay, config.clip)
     epochs, size, patience = config.epochs, config.batch_size, config.patience
     schedule = Schedule(epochs, size, patience=patience, shallow=config.shallow)
-    floors = made.floors, ()
     return Job(
         "vqa",
         made.dataset,
         task,
         optimiser,
         schedule,
-        floors=lambda _: floors,
+        floors=lambda _: (made.floors(), ()),
         notes=made.notes,
         examples=made.examples,
     )
@@ -160,7 +163,7 @@ class Made(NamedTuple):
     loss: Callable[[Prediction, jax.Array], jax.Array]
     scores: Callable[[np.ndarray, np.ndarray], Metrics]
     probabilities: Callable[[jax.Array], jax.Array]
-    floors: Mapping[str, Metrics]
+    floors: Callable[[], Mapping[str, Metrics]]
     notes: Sequence[str] = ()
     examples: Callable[[Evaluation], Sequence[Sequence[str]]] = lambda on_test: ()
 
@@ -182,9 +185,11 @@ def of_vqa_v2(config: Config, fusion: nn.Module) -> Made:
                 raise InputError(f"{name} needs the rows in memory; leave it out")
     sizes = len(found.answers), found.words, width, config.layers or 2, heads, width
     model = MCAN(fusion, *sizes, dropout=config.dropout, place=config.place)
-    labels = found.dataset.test.labels
-    kinds = data.by_kind(labels)
-    floors = {name: accuracies(worth, kinds) for name, worth in data.floors(found).items()}
+
+    def floors() -> Mapping[str, Metrics]:
+        kinds = data.by_kind(found.dataset.test.labels)
+        return {name: accuracies(worth, kinds) for name, worth in data.floors(found).items()}
+
     best = data.ceiling(found).mean()
     notes = [*found.notes, f"The best answers there are have an accuracy of {best:.3f} on test."]
     how = bce_of_accuracies, official_accuracy, likeliest
@@ -242,8 +247,11 @@ def of_easy_vqa(config: Config, fusion: nn.Module) -> Made:
     dataset, vocabulary = easy_vqa.load(config.images or easy_vqa.MOST, config.seed)
     sizes = len(dataset.classes), vocabulary, config.features, config.dropout
     model = VQAModel(fusion, *sizes, config.place, config.alone)
-    guess = easy_vqa.question_alone(dataset.train, dataset.test)
-    floors = {"the question alone": scores(dataset.test.labels, guess)}
+
+    def floors() -> Mapping[str, Metrics]:
+        guess = easy_vqa.question_alone(dataset.train, dataset.test)
+        return {"the question alone": scores(dataset.test.labels, guess)}
+
     return Made(dataset, model, cross_entropy, scores, softmax, floors)
 
 

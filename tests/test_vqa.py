@@ -186,10 +186,14 @@ def test_easy_vqa(main, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--fusion", "deq"), ("--fusion", "sum", "--place", "middle"), ("--fusion", "tokens")],
+    [
+        ("--fusion", "deq", "--layers", 1),
+        ("--fusion", "sum", "--place", "middle", "--layers", 1),
+        ("--fusion", "tokens"),
+    ],
 )
 def test_the_sample(main, run_command, tmp_path, options):
-    small = "--epochs", 1, "--features", 16, "--layers", 1, "--run-dir", tmp_path / "run"
+    small = "--epochs", 1, "--features", 16, "--run-dir", tmp_path / "run"
     status, out, err = main(*options, *small)
     assert status == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -215,6 +219,8 @@ def test_the_sample(main, run_command, tmp_path, options):
         (["--easy-vqa", "--layers", 2], "--layers is of the model for the sample"),
         (["--easy-vqa", "--alone"], "--alone with --place late: expected --place middle or early"),
         (["--fusion", "tokens", "--place", "early"], "--place early: expected none with --fusion"),
+        (["--fusion", "tokens", "--layers", 2], "--layers 2: expected none with --fusion tokens"),
+        (["--easy-vqa", "--cache-dir", "x"], "--cache-dir is for VQA v2; leave out --easy-vqa"),
         (["--place", "middle", "--warm-start"], "--warm-start keeps one solve a row"),
         (["--heads", 3], "--features 64: expected a multiple of --heads 3"),
         (["--batch-size", 0], "--batch-size 0: expected 1 or more"),

@@ -4,12 +4,12 @@
     python -m experiments.benchmarks.positions --positions 16 64 --features 64 --batch 64
 
 Two modalities of so many positions each, standard normal, all of them there, which the program is
-told at run time, as by a data set; the step is the value and the gradient,
-in parameters and inputs, of the mean square of the fused vectors. The equilibrium is solved to
-tolerances that take it so many evaluations; its map is applied 1, 3 and 10 times; attention is the
-transformer with as many parameters. Contenders take turns, at the same number of positions. Memory
-is what the compiled program needs beside its arguments and results. Writes `positions.json` and
-`positions.md` into --run-dir, after every number of positions.
+told at run time, as by a data set. The step is the value and the gradient, in parameters and
+inputs, of the mean square of the fused vectors. The equilibrium is solved to tolerances that take
+it so many evaluations; its map is applied 1, 3 and 10 times; attention is the transformer with as
+many parameters. Contenders take turns, at the same number of positions. Memory is what the compiled
+program needs beside its arguments and results. Writes `positions.json` and `positions.md` into
+--run-dir, after every number of positions.
 """
 
 import argparse

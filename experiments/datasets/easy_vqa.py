@@ -24,7 +24,6 @@ from experiments.datasets import Dataset, Split
 from experiments.datasets.preprocess import take
 from experiments.datasets.text import build_vocabulary, encode, words
 
-MODALITIES = ("image", "question")
 HELD_OUT = 200  # training pictures that select the epoch
 MOST = 3800  # that are left to train on
 SIDE = 32  # pixels

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
@@ -160,7 +161,8 @@ def min_max(train: Split, *others: Split) -> tuple[Split, ...]:
     )
 
 
-def take(split: Split, rows: np.ndarray) -> Split:
+def take(split: Split, rows: Any) -> Split:
+    """The rows with these numbers, an array of NumPy or, under jit, of JAX."""
     inputs = {modality: values[rows] for modality, values in split.inputs.items()}
     return Split(inputs, split.labels[rows])
 

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
-import numpy as np
-
 PEOPLE = 10
 COMMON = 9  # a vocabulary keeps answers of as many questions or more
 WORTH = (0.0, 0.3, 0.6, 0.9, *[1.0] * 7)  # of an answer that n of ten gave
@@ -107,9 +105,3 @@ def votes(answers: Sequence[str], numbers: Mapping[str, int]) -> dict[int, int]:
     if len(counts) > 1:
         counts = Counter(map(normalised, answers))
     return {numbers[answer]: n for answer, n in counts.items() if answer in numbers}
-
-
-def best_possible(answers: Sequence[Sequence[str]], numbers: Mapping[str, int]) -> np.ndarray:
-    """[N] accuracy of the best answer of the vocabulary to each question; 0 where it has none."""
-    found = (votes(ten, numbers).values() for ten in answers)
-    return np.array([max((WORTH[n] for n in given), default=0.0) for given in found])

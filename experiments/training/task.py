@@ -163,7 +163,7 @@ def _predict(task: Task, variables: Variables, split: Split, index: jax.Array) -
     stats, gates and losses."""
 
     def of_rows(rows: jax.Array) -> PyTree:
-        return _predict_batch(task, variables, _rows(split, rows))
+        return _predict_batch(task, variables, take(split, rows))
 
     return replicate(jax.lax.map(of_rows, index))
 
@@ -179,13 +179,9 @@ def _predict_folds(task: Task, variables: Variables, split: Split, index: jax.Ar
     """`_predict` of a batch for each fold, row numbers [folds, B], by its own variables."""
 
     def of_fold(fold: tuple[Variables, jax.Array]) -> PyTree:
-        return _predict_batch(task, fold[0], _rows(split, fold[1]))
+        return _predict_batch(task, fold[0], take(split, fold[1]))
 
     return replicate(jax.lax.map(of_fold, (variables, index)))
-
-
-def _rows(split: Split, rows: jax.Array) -> Split:
-    return jax.tree.map(lambda x: x[rows], split)
 
 
 def _predict_batch(task: Task, variables: Variables, batch: Split) -> PyTree:
